@@ -1,0 +1,377 @@
+"""The schema of a whole experiment: one YAML file is one frozen, validated `Experiment`.
+
+Neither torch nor flwr nor polars is imported here, so that ``--help``, ``show`` and ``validate`` answer at once.
+Everything under ``runtime`` may change speed and place but never a result; it is outside `experiment_hash`.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error, so a typo never passes for a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+class _Prepared(Section):
+    """Options that every data source shares."""
+
+    min_user_events: Natural = 0
+    """Drop users with fewer events; with `min_item_events` applied again and again until both hold (k-core)."""
+    min_item_events: Natural = 0
+    """Drop items with fewer events (see `min_user_events`)."""
+    repeats: Literal["keep", "first", "last"] = "keep"
+    """A user's repeated events on one item: keep all, or collapse to the first or the last of them."""
+    split: Literal["leave-one-out", "global-time"] = "leave-one-out"
+    """`leave-one-out`: last event = test, the one before = validation. `global-time`: two points in time, the same
+    for all users; a user's first event after each point is the held-out one."""
+    validation_from: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Only for `split: global-time`: quantile of all event times at which validation begins."""
+    test_from: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Only for `split: global-time`: quantile of all event times at which test begins."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "_Prepared":
+        if self.validation_from >= self.test_from:
+            raise ValueError("validation_from must be smaller than test_from")
+        return self
+
+
+class _Files(_Prepared):
+    """Options of sources that read files."""
+
+    path: str
+    """File or folder; absolute, or relative to $HUSHREC_DATA, or to the working directory."""
+    strict: bool = False
+    """Refuse a file with malformed rows; otherwise they are left out, counted and reported."""
+
+
+class MovieLensData(_Files):
+    """MovieLens as distributed: a folder with `u.data`, `ratings.dat` or `ratings.csv` (titles and genres beside)."""
+
+    kind: Literal["movielens"]
+    """Selects this source."""
+    min_rating: float | None = None
+    """Keep only events rated at least so high; by default every rating counts as an event."""
+
+
+class PairsData(_Files):
+    """One `user item` pair a line, in time order (the preparation used by SASRec and its successors)."""
+
+    kind: Literal["pairs"]
+    """Selects this source."""
+
+
+class SequencesData(_Files):
+    """One user a line: user id, then items in time order (the preparation used by S3-Rec)."""
+
+    kind: Literal["sequences"]
+    """Selects this source."""
+
+
+class RecBoleData(_Files):
+    """A RecBole atomic file `*.inter`: tab-separated, typed header such as `user_id:token`."""
+
+    kind: Literal["recbole"]
+    """Selects this source."""
+
+
+class Columns(Section):
+    """Names of the columns of a table."""
+
+    user: str = "user"
+    """Who."""
+    item: str = "item"
+    """On what."""
+    time: str | None = "time"
+    """When; `null` means that the file's order is the time order."""
+    behaviour: str | None = None
+    """View, cart, buy …"""
+    rating: str | None = None
+    """A number."""
+    domain: str | None = None
+    """Catalogue that the item belongs to; with it an item is known as `domain/item`."""
+
+
+class TableData(_Files):
+    """Any CSV, TSV or Parquet file with named columns."""
+
+    kind: Literal["table"]
+    """Selects this source."""
+    columns: Columns = Columns()
+    """Which column means what."""
+    separator: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    """Between the fields of a text file."""
+    time_format: str | None = None
+    """strptime format of the time column, such as `%Y-%m-%d`; by default it holds numbers. A format without a year
+    counts within one year."""
+
+
+class SyntheticData(_Prepared):
+    """Made-up sequences with a known law, hence a known best possible ranker (see `common.data.synthetic`)."""
+
+    kind: Literal["synthetic"]
+    """Selects this source."""
+    users: Positive = 1000
+    """Number of users."""
+    items: Annotated[int, Field(ge=10)] = 500
+    """Size of the catalogue."""
+    interests: Positive = 20
+    """Groups that the items fall into."""
+    mean_length: Annotated[float, Field(ge=3)] = 20.0
+    """Mean number of events of a user."""
+    max_length: Annotated[int, Field(ge=3)] = 100
+    """Largest number of events of a user."""
+    successors: Positive = 4
+    """Each item has so many likely next items, all of its own interest."""
+    follow: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Probability that an event follows such a transition rather than the popularity inside the interest."""
+    recency: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Weight of a past event as the cause of the next one falls by this factor per step back."""
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Probability that an event is drawn from the overall popularity, with no cause."""
+    zipf: Annotated[float, Field(ge=0)] = 1.0
+    """Exponent of the popularity law."""
+    seed: Natural = 0
+    """Seed of the generator; apart from the experiment's, so that several seeds train on the same data."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "SyntheticData":
+        if self.interests > self.items:
+            raise ValueError(f"interests ({self.interests}) must not exceed items ({self.items})")
+        if self.mean_length > self.max_length:
+            raise ValueError(f"mean_length ({self.mean_length}) must not exceed max_length ({self.max_length})")
+        return self
+
+
+DataConfig = Annotated[
+    MovieLensData | PairsData | SequencesData | RecBoleData | TableData | SyntheticData, Field(discriminator="kind")
+]
+
+
+# --- model and loss ----------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Section):
+    """SASRec (Kang & McAuley, ICDM 2018), pre-LN, with tied item embeddings."""
+
+    dim: Positive = 64
+    """Width of item embeddings and hidden states."""
+    blocks: Positive = 2
+    """Attention blocks."""
+    heads: Positive = 1
+    """Attention heads; must divide `dim`."""
+    ffn: Positive = 1
+    """Hidden width of the feed-forward layer, as a multiple of `dim`."""
+    dropout: Share = 0.2
+    """Dropout on embeddings and on the output of attention and feed-forward layers."""
+    max_length: Positive = 50
+    """Longest history that the model sees; of a longer one the most recent part."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelConfig":
+        if self.dim % self.heads:
+            raise ValueError(f"heads ({self.heads}) must divide dim ({self.dim})")
+        return self
+
+
+class SoftmaxLoss(Section):
+    """Cross-entropy over the whole catalogue."""
+
+    kind: Literal["softmax"]
+    """Selects this loss."""
+
+
+class SampledSoftmaxLoss(Section):
+    """Cross-entropy over the target and negatives that the whole round shares."""
+
+    kind: Literal["sampled-softmax"]
+    """Selects this loss."""
+    negatives: Positive = 256
+    """Negatives a round, drawn uniformly from a public seed."""
+
+
+class GBCELoss(Section):
+    """Generalised binary cross-entropy (gSASRec, Petrov & Macdonald, RecSys 2023), negatives shared by the round."""
+
+    kind: Literal["gbce"]
+    """Selects this loss."""
+    negatives: Positive = 256
+    """Negatives a round, drawn uniformly from a public seed."""
+    calibration: Annotated[float, Field(ge=0, le=1)] = 0.75
+    """The paper's t: 0 is plain binary cross-entropy, 1 undoes the bias of sampling wholly."""
+
+
+class BCELoss(Section):
+    """Binary cross-entropy with one private negative per position (the original SASRec); known to be weak."""
+
+    kind: Literal["bce"]
+    """Selects this loss."""
+
+
+LossConfig = Annotated[SoftmaxLoss | SampledSoftmaxLoss | GBCELoss | BCELoss, Field(discriminator="kind")]
+
+
+# --- federation --------------------------------------------------------------------------------------------------
+
+
+class LocalConfig(Section):
+    """Training on the device: plain SGD from the global weights, stateless between rounds."""
+
+    steps: Positive | None = None
+    """SGD steps a round (default 1), each on one window of the user's sequence. Excludes `epochs`."""
+    epochs: Positive | None = None
+    """Passes a round over the user's sequence, cut into windows; longer histories take more steps."""
+    lr: Rate = 1.0
+    """Learning rate of the local steps."""
+    prox: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx: weight µ of the pull µ/2·‖w − w_global‖² (Li et al., MLSys 2020)."""
+    window: Literal["last", "random"] = "last"
+    """With `steps`, which part of a sequence longer than the model's: the most recent, or one at random each step."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "LocalConfig":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class FedAvg(Section):
+    """Federated averaging (McMahan et al., AISTATS 2017): the server adds the mean update."""
+
+    kind: Literal["fedavg"]
+    """Selects this optimiser."""
+    lr: Rate = 1.0
+    """Server learning rate."""
+
+
+class FedAvgM(Section):
+    """FedAvg with server momentum (Hsu et al., arXiv 1909.06335)."""
+
+    kind: Literal["fedavgm"]
+    """Selects this optimiser."""
+    lr: Rate = 1.0
+    """Server learning rate."""
+    momentum: Share = 0.9
+    """Momentum."""
+
+
+class FedAdam(Section):
+    """Adam on the server (Reddi et al., ICLR 2021), with bias correction as in torch.optim.Adam."""
+
+    kind: Literal["fedadam"]
+    """Selects this optimiser."""
+    lr: Rate = 1e-3
+    """Server learning rate."""
+    beta1: Share = 0.9
+    """Decay of the first moment."""
+    beta2: Share = 0.98
+    """Decay of the second moment."""
+    eps: Rate = 1e-8
+    """Added to the root of the second moment."""
+
+
+class FedAdagrad(Section):
+    """Adagrad on the server (Reddi et al., ICLR 2021)."""
+
+    kind: Literal["fedadagrad"]
+    """Selects this optimiser."""
+    lr: Rate = 1e-2
+    """Server learning rate."""
+    eps: Rate = 1e-8
+    """Added to the root of the accumulated squares."""
+
+
+OptimizerConfig = Annotated[FedAvg | FedAvgM | FedAdam | FedAdagrad, Field(discriminator="kind")]
+
+
+class FederationConfig(Section):
+    """Who trains, how, and how the server puts the updates together."""
+
+    rounds: Natural = 200
+    """Rounds at the most."""
+    cohort: Positive = 128
+    """Users a round: exactly (`fixed`) or on average (`poisson`); a smaller population takes part as a whole."""
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    """`fixed`: a set of that size, drawn without replacement. `poisson`: each user independently."""
+    weighting: Literal["events", "uniform"] = "events"
+    """An update counts by the user's number of trained events, or every user counts the same."""
+    local: LocalConfig = LocalConfig()
+    """Training on the device."""
+    optimizer: OptimizerConfig = FedAdam(kind="fedadam")
+    """The server's step."""
+
+
+class EvaluationConfig(Section):
+    """Federated ranking of each user's held-out item against the whole catalogue."""
+
+    every: Positive = 10
+    """Rounds between validations."""
+    patience: Positive | None = None
+    """Stop after so many validations in a row without a better NDCG@10; `null` runs all rounds."""
+    users: Positive | None = None
+    """Validate on so many users, drawn anew each time; `null` means all. Test always ranks all."""
+    cutoffs: tuple[Positive, ...] = Field(default=(5, 10, 20), min_length=1)
+    """K of HR@K and NDCG@K."""
+    sampled: Positive | None = None
+    """Also rank against so many sampled negatives, printed apart as `hr@10|s99`; for old comparisons only."""
+    resamples: Annotated[int, Field(ge=100)] = 1000
+    """Bootstrap resamples over users behind each 95 % interval."""
+
+
+class RuntimeConfig(Section):
+    """Speed and place. Nothing here changes a result."""
+
+    engine: Literal["vectorized", "sequential"] = "vectorized"
+    """`vectorized`: the cohort of a round at once. `sequential`: user by user through the Flower ClientApp."""
+    threads: Positive | None = None
+    """Threads of torch; `null` means all cores."""
+    memory_mb: Annotated[int, Field(ge=64)] = 1024
+    """Bound on the working memory of one chunk of a cohort."""
+    checkpoint_every: Positive = 10
+    """Rounds between checkpoints."""
+
+
+class Experiment(Section):
+    """One experiment, from data to evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    """Short name; run directories carry it."""
+    seed: Natural = 0
+    """Seed of every draw of the run (not of synthetic data, which has its own)."""
+    data: DataConfig
+    """Where the behaviour sequences come from."""
+    model: ModelConfig = ModelConfig()
+    """The shared recommender."""
+    loss: LossConfig = SoftmaxLoss(kind="softmax")
+    """What the clients minimise."""
+    federation: FederationConfig = FederationConfig()
+    """Rounds, cohort, local training, server step."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How quality is measured."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Engine, threads, memory."""
+
+
+def digest(value: object, length: int = 16) -> str:
+    """First `length` hexadecimal digits of the sha256 of a JSON-able value, with sorted keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def experiment_hash(experiment: Experiment) -> str:
+    """Fingerprint of everything that can change a result: all sections but `runtime`."""
+    return digest(experiment.model_dump(mode="json", exclude={"runtime"}))

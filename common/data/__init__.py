@@ -1,0 +1,1 @@
+"""Reading, preparing and opening behaviour sequences and the public catalogue."""

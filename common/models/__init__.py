@@ -1,0 +1,1 @@
+"""The recommender: embedding, attention, encoder and losses, each written for a cohort of users."""

@@ -1,0 +1,1 @@
+"""Experiments on one machine: the command line, the in-process engine, run directories and reports."""
