@@ -1,0 +1,73 @@
+"""What a client process holds: the experiment, and the histories of the users whose device it plays."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context
+
+from common.config import Experiment, experiment_hash
+from common.data.catalogue import Catalogue
+from common.data.prepare import prepare
+from common.data.sequences import Sequences
+from common.errors import UsageError
+from common.run_config import experiment_of
+
+PARTITION = "partition-id"
+"""Key in Flower's node config that says which user this node is."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Private data and public settings of the users that this process plays."""
+
+    experiment: Experiment
+    """The experiment, as the client itself was told."""
+    sequences: Sequences
+    """Histories by user index."""
+    catalogue: Catalogue
+    """The public list of items."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the experiment; a message of another experiment is refused."""
+        return experiment_hash(self.experiment)
+
+    @classmethod
+    def open(cls, experiment: Experiment, folder: Path) -> "Device":
+        """Open a prepared data set for an experiment.
+
+        Raises
+        ------
+        DataError
+            Where the folder is missing or damaged.
+        """
+        return cls(experiment, Sequences.open(folder), Catalogue.open(folder))
+
+    @classmethod
+    def of(cls, context: Context) -> "Device":
+        """The device that a Flower context describes.
+
+        `node_config["data-path"]` names a prepared folder (a real device's own file); without it the experiment's data
+        set is prepared and this node is the user with its `partition-id`.
+        """
+        return _open(experiment_of(context), str(context.node_config.get("data-path", "")))
+
+
+@lru_cache(maxsize=4)
+def _open(experiment: Experiment, path: str) -> Device:
+    """Devices of one process share the memory map; an experiment is frozen, hence a key."""
+    return Device.open(experiment, Path(path) if path else prepare(experiment.data))
+
+
+def user_of(context: Context) -> int:
+    """Index of the one user that lives on this node.
+
+    Raises
+    ------
+    UsageError
+        Where the node was not told which one.
+    """
+    if PARTITION not in context.node_config:
+        raise UsageError(f"this node has no {PARTITION!r} in its node config, so it does not know whose device it is")
+    return int(context.node_config[PARTITION])

@@ -1,0 +1,142 @@
+"""Ranking of the whole catalogue for many users at once; a device calls it with its one user."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client.batches import bucket_widths
+from client.rows import Ints
+from common.config import Experiment, ModelConfig
+from common.data.sequences import Sequences
+from common.models.encoder import encode
+from common.models.weights import Weights, named
+from common.seeding import uniform_integers
+
+Ranks = NDArray[np.float64]
+
+
+class Ranking(NamedTuple):
+    """Ranks of held-out items, from 1, ties at their expected rank; NaN where a user has none. Both ``(C,)``."""
+
+    full: Ranks
+    """Against the whole catalogue."""
+    sampled: Ranks
+    """Against `evaluation.sampled` negatives and the item itself; NaN where that is off."""
+
+
+def last_hidden(model: ModelConfig, weights: Weights, items: Tensor, lengths: Tensor) -> Tensor:
+    """Hidden state after the last event of each history.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        The model.
+    weights : Weights
+        Shared weights.
+    items : Tensor
+        ``(B, L)`` int64, right-padded.
+    lengths : Tensor
+        ``(B,)`` int64, at least 1.
+
+    Returns
+    -------
+    Tensor
+        ``(B, D)``.
+    """
+    hidden = encode(model, named(model, weights.body), F.embedding(items, weights.table))  # (B, L, D)
+    return hidden[torch.arange(len(hidden)), lengths - 1]
+
+
+def scores(
+    experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, stops: Ints
+) -> Iterator[tuple[Ints, Tensor]]:
+    """Score every item for each user from its events before `stops`, in batches that fit the memory budget.
+
+    Users with no event before their stop are left out.
+
+    Yields
+    ------
+    tuple
+        Positions in `users` ``(B,)`` and scores ``(B, I)`` float32, free to be written to.
+    """
+    longest, catalogue = experiment.model.max_length, len(weights.table)
+    histories = stops - sequences.offsets[users]
+    widths = bucket_widths(longest)
+    bucket = np.searchsorted(widths, np.clip(histories, 1, longest))
+    size = max(1, experiment.runtime.memory_mb * 2**20 // (16 * catalogue + 64 * longest * experiment.model.dim))
+    for index in np.unique(bucket[histories > 0]):
+        members = np.flatnonzero((bucket == index) & (histories > 0))
+        for start in range(0, len(members), size):
+            here = members[start : start + size]
+            items, lengths = sequences.windows(users[here], stops[here], int(widths[index]))
+            with torch.no_grad():
+                hidden = last_hidden(experiment.model, weights, torch.from_numpy(items), torch.from_numpy(lengths))
+                yield here, hidden @ weights.table.T  # (B, I)
+
+
+def mask_seen(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints) -> Tensor:
+    """Set the score of every item that a user had before its stop to −inf, in place; ``(B, I)``."""
+    seen, owner = sequences.events(users, stops)
+    scored[torch.from_numpy(owner), torch.from_numpy(seen)] = -torch.inf
+    return scored
+
+
+def expected_ranks(scored: Tensor, targets: Ints) -> Ranks:
+    """Rank of each row's target: 1 + items strictly better + half of the others that tie; ``(B, I), (B,) → (B,)``."""
+    own = scored.gather(1, torch.from_numpy(targets).unsqueeze(1))  # (B, 1)
+    better = (scored > own).sum(-1)
+    equal = (scored == own).sum(-1) - 1
+    ranks: Ranks = (1.0 + better + equal / 2.0).numpy().astype(np.float64)
+    return np.where(torch.isfinite(own.squeeze(1)).numpy(), ranks, scored.shape[1])
+
+
+def rank(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: str) -> Ranking:
+    """Rank each user's held-out item against the catalogue without the user's earlier items.
+
+    The held-out item itself is never masked, even where the user had it before.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Model, seed, `evaluation.sampled`.
+    weights : Weights
+        Shared weights.
+    sequences : Sequences
+        The histories; only those of `users` are read.
+    users : ndarray
+        ``(C,)`` int64.
+    split : str
+        ``validation`` or ``test``; the history is everything before the held-out event.
+    """
+    stops, targets = sequences.stops(users, split)
+    full, sampled = np.full(len(users), np.nan), np.full(len(users), np.nan)
+    held = np.flatnonzero(targets >= 0)
+    for where, scored in scores(experiment, weights, sequences, users[held], stops[held]):
+        here = held[where]
+        row, goal = torch.arange(len(here)), torch.from_numpy(targets[here])
+        own = scored[row, goal]
+        mask_seen(scored, sequences, users[here], stops[here])
+        scored[row, goal] = own
+        full[here] = expected_ranks(scored, targets[here])
+        if experiment.evaluation.sampled:
+            few = _sample(experiment, users[here], split, scored, goal)
+            sampled[here] = expected_ranks(scored.gather(1, few), np.zeros(len(here), dtype=np.int64))
+    return Ranking(full, sampled)
+
+
+def _sample(experiment: Experiment, users: Ints, split: str, scored: Tensor, goal: Tensor) -> Tensor:
+    """Each user's target, then distinct random items that it never had; catalogue indices ``(B, 1 + n)``.
+
+    Keyed by split and user: validation and test never share negatives. The n smallest of keyed random numbers, one an
+    item, are a uniform sample without replacement; the target draws the smallest of all, forbidden items the largest.
+    """
+    wanted = min(experiment.evaluation.sampled or 0, scored.shape[1] - 1)
+    drawn = uniform_integers(experiment.seed, f"sampled-{split}", 0, users, scored.shape[1], 2**31)
+    lots = torch.from_numpy(drawn).masked_fill_(torch.isneginf(scored), 2**31)
+    lots.scatter_(1, goal.unsqueeze(1), -1)
+    return lots.topk(wanted + 1, largest=False).indices

@@ -1,0 +1,112 @@
+"""Messages in, replies out, for any number of users at once; the one place where client code meets Flower."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from client.device import Device
+from client.evaluation import rank
+from client.training import Update, train
+from common.wire import METRICS, MODEL, REFUSED, ROUND, UPDATE, arrays, unpack
+
+Handler = Callable[[Sequence[Message], Sequence[int], Device], list[Message]]
+
+
+def handle_train(messages: Sequence[Message], users: Sequence[int], device: Device) -> list[Message]:
+    """Train the users that a round's messages address.
+
+    Parameters
+    ----------
+    messages : sequence of Message
+        One per user, all of the same round with the same model.
+    users : sequence of int
+        Index of each message's user.
+    device : Device
+        Their data.
+
+    Returns
+    -------
+    list of Message
+        One reply per message, in order: an update, or an error for a user whose training came to nothing. One user's
+        trouble is its own.
+    """
+    asked, replies = _admit(messages, users, device)
+    if asked:
+        first = messages[asked[0]].content
+        weights, round_ = unpack(first[MODEL]), int(first[ROUND]["round"])
+        place = {users[i]: i for i in asked}
+        cohort = np.array(list(place), dtype=np.int64)
+        for update in train(device.experiment, weights, device.sequences, cohort, round_):
+            i = place[update.user]
+            replies[i] = _update_reply(messages[i], update)
+    return _complete(messages, replies)
+
+
+def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: Device) -> list[Message]:
+    """Rank the held-out item of the users that messages address; arguments and result as in `handle_train`."""
+    asked, replies = _admit(messages, users, device)
+    if asked:
+        first = messages[asked[0]].content
+        cohort = np.array([users[i] for i in asked], dtype=np.int64)
+        ranking = rank(device.experiment, unpack(first[MODEL]), device.sequences, cohort, str(first[ROUND]["split"]))
+        for i, user, full, sampled in zip(asked, cohort, ranking.full, ranking.sampled, strict=True):
+            values = {"rank": float(full), "rank_sampled": float(sampled)}
+            held_out = {name: value for name, value in values.items() if not np.isnan(value)}
+            replies[i] = _metrics_reply(messages[i], {"user": int(user), **held_out})
+    return _complete(messages, replies)
+
+
+def handle_query(messages: Sequence[Message], users: Sequence[int], device: Device) -> list[Message]:
+    """Say who lives here and how large the public catalogue is; arguments and result as in `handle_train`."""
+    facts = [{"user": int(user), "items": device.catalogue.items} for user in users]
+    return [_metrics_reply(message, fact) for message, fact in zip(messages, facts, strict=True)]
+
+
+HANDLERS: dict[str, Handler] = {"train": handle_train, "evaluate": handle_evaluate, "query": handle_query}
+"""Handler by Flower's message type."""
+
+
+def _admit(
+    messages: Sequence[Message], users: Sequence[int], device: Device
+) -> tuple[list[int], list[Message | None]]:
+    """Positions of the messages that may be served; the others get an error reply at once."""
+    replies: list[Message | None] = [None] * len(messages)
+    known, asked = device.fingerprint, []
+    for i, (message, user) in enumerate(zip(messages, users, strict=True)):
+        told: ConfigRecord = message.content[ROUND]
+        if told["experiment"] != known:
+            replies[i] = _refusal(message, f"experiment {told['experiment']} is not the one that runs here ({known})")
+        elif not 0 <= user < len(device.sequences):
+            replies[i] = _refusal(message, f"user {user} does not live here")
+        else:
+            asked.append(i)
+    return asked, replies
+
+
+def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) -> list[Message]:
+    return [
+        reply if reply is not None else _refusal(message, "no result")
+        for message, reply in zip(messages, replies, strict=True)
+    ]
+
+
+def _update_reply(message: Message, update: Update) -> Message:
+    table, body = update.weights
+    if not (np.isfinite(update.loss) and torch.isfinite(body).all() and torch.isfinite(table).all()):
+        return _refusal(message, "training gave numbers that are not finite")
+    rows = {} if update.rows is None else {"rows": update.rows}
+    content = RecordDict({
+        UPDATE: arrays(table=table.numpy(), body=body.numpy(), **rows),
+        METRICS: MetricRecord({"user": update.user, "events": update.events, "loss": update.loss}),
+    })
+    return Message(content, reply_to=message)
+
+
+def _metrics_reply(message: Message, values: dict[str, int | float]) -> Message:
+    return Message(RecordDict({METRICS: MetricRecord(values)}), reply_to=message)
+
+
+def _refusal(message: Message, reason: str) -> Message:
+    return Message(Error(code=REFUSED, reason=reason), reply_to=message)

@@ -1,0 +1,88 @@
+"""The public side of a prepared data set: which items exist. It reads no user's events, so the server may open it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.data import folder as disk
+from common.data.names import unknown
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The list of items that everybody knows.
+
+    Attributes
+    ----------
+    folder : Path
+        The prepared folder.
+    users : int
+        Size of the population.
+    items : int
+        Size of the catalogue; items are the integers 0 … items - 1.
+    digest : str
+        Fingerprint of the options and source files behind the data.
+    """
+
+    folder: Path
+    users: int
+    items: int
+    digest: str
+
+    @classmethod
+    def open(cls, folder: Path) -> "Catalogue":
+        """Open a prepared folder; reads nothing but the manifest.
+
+        Raises
+        ------
+        DataError
+            If the folder is not a prepared data set.
+        """
+        manifest = disk.read_manifest(folder)
+        return cls(folder, manifest["kept"]["users"], manifest["kept"]["items"], manifest["digest"])
+
+    @cached_property
+    def _table(self) -> "pl.DataFrame":
+        import polars as pl
+
+        try:
+            table = pl.read_parquet(self.folder / disk.CATALOGUE)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise disk.damaged(self.folder, f"{disk.CATALOGUE}: {error}") from None
+        if table.height != self.items or "item" not in table.columns:
+            raise disk.damaged(self.folder, f"{disk.CATALOGUE} has {table.height} rows, expected {self.items}")
+        return table
+
+    def item_ids(self) -> list[str]:
+        """Ids of all items, as in the source, in the order of their numbers."""
+        return self._table["item"].to_list()
+
+    def titles(self) -> list[str]:
+        """Titles of all items; where none is known, the id."""
+        if "title" not in self._table.columns:
+            return self.item_ids()
+        return self._table["title"].fill_null(self._table["item"]).to_list()
+
+    def genres(self) -> list[list[str]]:
+        """Genres of all items; an empty list where none is known."""
+        if "genres" not in self._table.columns:
+            return [[] for _ in range(self.items)]
+        return [genres or [] for genres in self._table["genres"].to_list()]
+
+    def index_of(self, item_id: str) -> int:
+        """Number of the item with that id.
+
+        Raises
+        ------
+        DataError
+            If there is none; it names the nearest spelling.
+        """
+        ids = self.item_ids()
+        try:
+            return ids.index(item_id)
+        except ValueError:
+            raise unknown("item", item_id, ids) from None

@@ -1,0 +1,155 @@
+"""A prepared data set on disk: one folder of flat arrays, complete or not there at all.
+
+``manifest.json`` is written last and the folder gets its name last, so that a half-written one is never seen::
+
+    manifest.json      what was read, from which files, with which options
+    items.npy          (E,) int32    all users' events, user after user, in time order
+    times.npy          (E,) int64    when; where the source has no times, the place in the file's order
+    offsets.npy        (U+1,) int64  events of user u are [offsets[u], offsets[u+1])
+    train_end.npy      (U,) int64    training events of u are [offsets[u], train_end[u])
+    validation.npy     (U,) int64    place of the held-out event in `items`, or -1
+    test.npy           (U,) int64    the same
+    users.parquet      user: str
+    catalogue.parquet  item: str, and title: str, genres: list[str], domain: str where known
+    behaviours.npy     (E,) int8     optional; names in the manifest
+    ratings.npy        (E,) float32  optional
+    causes.npy         (E,) int32    optional, synthetic data only (see `common.data.synthetic`)
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from common.errors import DataError
+
+FORMAT = 1
+"""Version of the layout; part of the digest, so that a change makes every folder anew."""
+MANIFEST = "manifest.json"
+CATALOGUE = "catalogue.parquet"
+USERS = "users.parquet"
+ARRAYS: dict[str, type[np.generic]] = {
+    "items": np.int32,
+    "times": np.int64,
+    "offsets": np.int64,
+    "train_end": np.int64,
+    "validation": np.int64,
+    "test": np.int64,
+}
+EXTRAS: dict[str, type[np.generic]] = {"behaviours": np.int8, "ratings": np.float32, "causes": np.int32}
+
+
+def damaged(folder: Path, why: str) -> DataError:
+    """Build the error for a prepared folder that cannot be used."""
+    return DataError(f"prepared data {folder} is damaged ({why}); delete it and it will be made anew")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a prepared folder's manifest.
+
+    Raises
+    ------
+    DataError
+        If it is missing, is not JSON, or has another format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no prepared data set: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise damaged(folder, f"{MANIFEST}: {error}") from None
+    if not isinstance(manifest, dict) or not {"digest", "kept", "read"} <= manifest.keys():
+        raise damaged(folder, f"{MANIFEST} is incomplete")
+    if manifest.get("format") != FORMAT:
+        raise damaged(folder, f"format {manifest.get('format')}, expected {FORMAT}")
+    return manifest
+
+
+def load_array(folder: Path, name: str, size: int | None = None) -> NDArray[Any]:
+    """Memory-map one array, checked for type and, where given, size.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, truncated, of another type or of another size.
+    """
+    dtype = (ARRAYS | EXTRAS)[name]
+    try:
+        array = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(folder, f"{name}.npy: {error}") from None
+    if array.dtype != dtype or array.ndim != 1 or (size is not None and len(array) != size):
+        expected = f"{np.dtype(dtype)} ({'any' if size is None else size},)"
+        raise damaged(folder, f"{name}.npy is {array.dtype} {array.shape}, expected {expected}")
+    return array
+
+
+class Appender:
+    """A one-dimensional ``.npy`` file that grows, for data larger than memory.
+
+    The header is written again at the end; numpy pads it so that any length fits.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._dtype = np.dtype((ARRAYS | EXTRAS)[name])
+        self._file = (folder / f"{name}.npy").open("w+b")
+        self._length = 0
+        self._write_header()
+
+    def _write_header(self) -> None:
+        header = {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._length,)}
+        npy.write_array_header_1_0(self._file, header)
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Add values at the end, cast to the array's type."""
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
+        self._length += len(values)
+
+    def close(self) -> None:
+        """Write the final length and close the file."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+
+@contextmanager
+def being_made(target: Path) -> Iterator[Path]:
+    """Give a draft folder that becomes `target` when the block ends well and vanishes when it does not.
+
+    An existing `target` is replaced. Of two processes that make the same folder, the later one wins; both are right.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield draft
+        for path in [*draft.iterdir(), draft]:
+            _fsync(path)
+        _replace(draft, target)
+        _fsync(target.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace(draft: Path, target: Path) -> None:
+    # A folder cannot be renamed over a full one: the old one steps aside first.
+    old = draft.with_name(draft.name + ".old")
+    with suppress(FileNotFoundError):
+        target.rename(old)
+    draft.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

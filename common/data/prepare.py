@@ -1,0 +1,145 @@
+"""From a data section of the configuration to a prepared folder in the cache: read once, memory-mapped ever after."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from common.config import DataConfig, SyntheticData, digest
+from common.data import folder as disk
+from common.data import readers, rules, synthetic
+from common.data.sequences import Sequences
+from common.data.split import split
+from common.errors import DataError
+
+
+def prepare(config: DataConfig) -> Path:
+    """Give the prepared folder of a data section, made now unless an intact one is in the cache.
+
+    The cache is $HUSHREC_CACHE, or $XDG_CACHE_HOME/hushrec, or ~/.cache/hushrec.
+
+    Raises
+    ------
+    DataError
+        If the source cannot be read, or its filters leave nothing.
+    """
+    files = readers.files(config)
+    sums = {file.name: _sha256(file) for file in files}
+    # Where the files lie changes nothing; what they hold does.
+    options = config.model_dump(mode="json")
+    key = digest({"format": disk.FORMAT, "options": options | {"path": None}, "files": sums})
+    target = _cache() / f"{_name(config)}-{key}"
+    if intact(target):
+        return target
+    with disk.being_made(target) as draft:
+        facts = _write(config, draft)
+        offsets, times = (disk.load_array(draft, name) for name in ("offsets", "times"))
+        for name, array in split(config, offsets, times)._asdict().items():
+            np.save(draft / f"{name}.npy", array)
+        source = {"kind": config.kind, "path": options.get("path"), "files": sums}
+        manifest = {"format": disk.FORMAT, "digest": key, "source": source, "options": options, **facts}
+        (draft / disk.MANIFEST).write_text(dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+def describe(config: DataConfig) -> dict[str, Any]:
+    """Count what a source holds, and what its filters keep; prepares it on the way.
+
+    Returns
+    -------
+    dict
+        users, items, events, mean_length, density and tied_last_pair_share as read, before any filter (see
+        `common.data.rules.measure`), and ``kept``: users, items and events.
+    """
+    manifest = disk.read_manifest(prepare(config))
+    return {**manifest["read"], "kept": manifest["kept"]}
+
+
+def intact(folder: Path) -> bool:
+    """Tell whether a prepared folder is there, whole and of today's format."""
+    try:
+        sequences = Sequences.open(folder)
+        for name in disk.EXTRAS:
+            sequences.extra(name)
+        for name in (disk.USERS, disk.CATALOGUE):
+            pl.read_parquet_schema(folder / name)
+    except (DataError, OSError, pl.exceptions.PolarsError):
+        return False
+    return True
+
+
+def _write(config: DataConfig, draft: Path) -> dict[str, Any]:
+    """Write everything but the split and the manifest; give the manifest's facts."""
+    write: Callable[..., dict[str, Any]] = _write_table
+    if isinstance(config, SyntheticData) and not (config.min_user_events > 3 or config.min_item_events):
+        write = synthetic.write
+    return write(config, draft)
+
+
+def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
+    table = readers.read(config)
+    if config.split == "global-time" and not table.timed:
+        raise DataError("data.split=global-time needs times, and this source has none; use leave-one-out")
+    whole = rules.ordered(table.frame)
+    read = rules.measure(table, whole)
+    frame = rules.kept(config, whole)
+
+    catalogue = frame.select("item", *(["domain"] if "domain" in frame.columns else []))
+    catalogue = catalogue.unique("item", keep="first", maintain_order=True)
+    numbers = catalogue.select("item", pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
+    frame = frame.join(numbers, on="item", how="left", maintain_order="left")
+    lengths = frame.group_by("user", maintain_order=True).len()
+
+    arrays = {
+        "items": frame["number"].to_numpy(),
+        "times": frame["time"].to_numpy(),
+        "offsets": np.concatenate([[0], np.cumsum(lengths["len"].to_numpy(), dtype=np.int64)]),
+    }
+    facts: dict[str, Any] = {}
+    if "rating" in frame.columns:
+        arrays["ratings"] = frame["rating"].to_numpy()
+    if "behaviour" in frame.columns:
+        arrays["behaviours"], facts["behaviours"] = _coded(frame["behaviour"])
+    for name, array in arrays.items():
+        np.save(draft / f"{name}.npy", array)
+    lengths.select("user").write_parquet(draft / disk.USERS)
+    if table.about is not None:
+        catalogue = catalogue.join(table.about, on="item", how="left", maintain_order="left")
+    catalogue.write_parquet(draft / disk.CATALOGUE)
+    counts = {"users": lengths.height, "items": catalogue.height, "events": frame.height}
+    bad = {"count": table.bad_rows, "first_lines": table.bad_lines}
+    return {"read": read, "kept": counts, "bad_rows": bad, **facts}
+
+
+def _coded(behaviours: pl.Series) -> tuple[Any, list[str]]:
+    """Give behaviours as int8 codes in order of first appearance, and their names."""
+    names = behaviours.unique(maintain_order=True).to_list()
+    if len(names) > np.iinfo(np.int8).max:
+        raise DataError(f"data.columns.behaviour: {len(names)} different behaviours; is it the right column?")
+    return behaviours.replace_strict(names, range(len(names)), return_dtype=pl.Int8).to_numpy(), names
+
+
+def _name(config: DataConfig) -> str:
+    if isinstance(config, SyntheticData):
+        return config.kind
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(config.path).stem).strip("._") or config.kind
+
+
+def _cache() -> Path:
+    if root := os.environ.get("HUSHREC_CACHE"):
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hushrec"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None

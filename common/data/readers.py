@@ -1,0 +1,79 @@
+"""From a data section of the configuration to a table of events: which files, and who reads them."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.config import DataConfig, SyntheticData
+from common.data import formats, movielens, synthetic
+from common.data.table import Table
+from common.errors import DataError
+
+READERS: dict[str, Callable[[Any, list[Path]], Table]] = {
+    "movielens": movielens.read,
+    "pairs": formats.pairs,
+    "sequences": formats.sequences,
+    "recbole": formats.recbole,
+    "table": formats.table,
+    "synthetic": synthetic.table,
+}
+"""Every kind of source; each reader gets the section and the files from `files`."""
+
+
+def read(config: DataConfig) -> Table:
+    """Read a source.
+
+    Raises
+    ------
+    DataError
+        If a file is missing, unreadable, empty, not of the expected form, or, with ``strict``, not wholly so.
+    """
+    return READERS[config.kind](config, files(config))
+
+
+def files(config: DataConfig) -> list[Path]:
+    """All files that a source is read from, the events' file first.
+
+    Raises
+    ------
+    DataError
+        If the path is missing, or is a folder in which the file cannot be told.
+    """
+    if isinstance(config, SyntheticData):
+        return []
+    path = resolve(config.path)
+    if config.kind == "movielens":
+        return movielens.files(path)
+    if not path.is_dir():
+        return [path]
+    inside = sorted(child for child in path.iterdir() if child.is_file())
+    atomic = [child for child in inside if child.suffix == ".inter"]
+    if config.kind == "recbole" and len(atomic) == 1:
+        return atomic
+    names = ", ".join(child.name for child in inside[:8]) or "nothing"
+    raise DataError(f"data.path: {path} is a folder, name one of its files ({names})")
+
+
+def resolve(path: str) -> Path:
+    """Find a data path: absolute, or in $HUSHREC_DATA, or in the working directory.
+
+    Raises
+    ------
+    DataError
+        If it is nowhere; it names the places and the mend.
+    """
+    wanted = Path(path).expanduser()
+    places = [Path.cwd()]
+    if root := os.environ.get("HUSHREC_DATA"):
+        places.insert(0, Path(root).expanduser())
+    if wanted.is_absolute():
+        places = [Path("/")]
+    for place in places:
+        if (place / wanted).exists():
+            return place / wanted
+    tried = " nor ".join(str(place / wanted) for place in places)
+    raise DataError(
+        f"data.path: no {tried}; get it (hushrec data download), set HUSHREC_DATA to the folder that holds it, "
+        "or give data.path=..."
+    )

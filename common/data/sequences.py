@@ -1,0 +1,173 @@
+"""The private side of a prepared data set: every user's events, memory-mapped. Only a client's side may open it.
+
+Only the rows of the users that are asked for are touched, so memory grows with the cohort and not with the population.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data import folder as disk
+from common.data.names import unknown
+
+Split = Literal["train", "validation", "test"]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """All users' events in time order, one user after another (CSR).
+
+    Attributes
+    ----------
+    folder : Path
+        The prepared folder.
+    items : (E,) int32
+        Items of all events.
+    times : (E,) int64
+        Times of all events.
+    offsets : (U+1,) int64
+        Events of user u are ``[offsets[u], offsets[u+1])``.
+    train_end : (U,) int64
+        Training events of u are ``[offsets[u], train_end[u])``.
+    validation, test : (U,) int64
+        Place of the held-out event in `items`, or -1. Its history is everything of the user before it.
+    """
+
+    folder: Path
+    items: NDArray[np.int32]
+    times: Ints
+    offsets: Ints
+    train_end: Ints
+    validation: Ints
+    test: Ints
+
+    @classmethod
+    def open(cls, folder: Path) -> "Sequences":
+        """Memory-map a prepared folder.
+
+        Raises
+        ------
+        DataError
+            If the folder is not a prepared data set, or if its arrays are missing, truncated, of a wrong type, or
+            disagree with one another or with the manifest.
+        """
+        kept = disk.read_manifest(folder)["kept"]
+        users, events = kept["users"], kept["events"]
+        sizes = {"items": events, "times": events, "offsets": users + 1}
+        arrays = {name: disk.load_array(folder, name, sizes.get(name, users)) for name in disk.ARRAYS}
+        ends = arrays["offsets"]
+        if ends[0] != 0 or ends[-1] != events:
+            raise disk.damaged(folder, f"offsets.npy runs from {ends[0]} to {ends[-1]}, expected 0 to {events}")
+        return cls(folder, **arrays)
+
+    def __len__(self) -> int:
+        return len(self.train_end)
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        import polars as pl
+
+        try:
+            ids: list[str] = pl.read_parquet(self.folder / disk.USERS)["user"].to_list()
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise disk.damaged(self.folder, f"{disk.USERS}: {error}") from None
+        if len(ids) != len(self):
+            raise disk.damaged(self.folder, f"{disk.USERS} has {len(ids)} rows, expected {len(self)}")
+        return ids
+
+    def user_ids(self) -> list[str]:
+        """Ids of all users, as in the source, in the order of their numbers."""
+        return list(self._ids)
+
+    def index_of(self, user_id: str) -> int:
+        """Number of the user with that id.
+
+        Raises
+        ------
+        DataError
+            If there is none; it names the nearest spelling.
+        """
+        try:
+            return self._ids.index(user_id)
+        except ValueError:
+            raise unknown("user", user_id, self._ids) from None
+
+    def extra(self, name: Literal["behaviours", "ratings", "causes"]) -> NDArray[Any] | None:
+        """Memory-map an optional array (E,) of the folder; None where the source has no such thing."""
+        if not (self.folder / f"{name}.npy").exists():
+            return None
+        return disk.load_array(self.folder, name, len(self.items))
+
+    def stops(self, users: Ints, split: Split) -> tuple[Ints, Ints]:
+        """Where the users' histories end in a split, and what comes next.
+
+        Parameters
+        ----------
+        users : (n,) int64
+            Users.
+        split : {"train", "validation", "test"}
+            For ``train`` the history is all training events, and nothing is held out.
+
+        Returns
+        -------
+        stops : (n,) int64
+            The history of user u is the events ``[offsets[u], stop)``; it is empty where nothing is held out.
+        targets : (n,) int64
+            The held-out items, or -1 where there is none.
+        """
+        if split == "train":
+            return self.train_end[users], np.full(len(users), -1, dtype=np.int64)
+        places = (self.validation if split == "validation" else self.test)[users]
+        held_out = places >= 0
+        targets = np.where(held_out, self.items[np.maximum(places, 0)], -1).astype(np.int64)
+        return np.where(held_out, places, self.offsets[users]), targets
+
+    def events(self, users: Ints, stops: Ints) -> tuple[Ints, Ints]:
+        """All events of each user before its stop.
+
+        Parameters
+        ----------
+        users, stops : (n,) int64
+            Users, and places in `items` from `stops`.
+
+        Returns
+        -------
+        items : (m,) int64
+            The users' events one after another, each user's in time order.
+        rows : (m,) int64
+            For every event the index into `users`.
+        """
+        starts = self.offsets[users]
+        counts = stops - starts
+        rows = np.repeat(np.arange(len(users), dtype=np.int64), counts)
+        # Place in `items` = start of the user + (running number - number of events of the users before).
+        shift = starts - (np.cumsum(counts) - counts)
+        return self.items[np.arange(len(rows)) + shift[rows]].astype(np.int64), rows
+
+    def windows(self, users: Ints, stops: Ints, length: int) -> tuple[Ints, Ints]:
+        """The last events of each user before its stop, in time order.
+
+        Parameters
+        ----------
+        users, stops : (n,) int64
+            Users, and places in `items` from `stops`.
+        length : int
+            Width of the window.
+
+        Returns
+        -------
+        items : (n, length) int64
+            Padded with 0 on the right.
+        lengths : (n,) int64
+            Number of events in each window.
+        """
+        lengths = np.minimum(stops - self.offsets[users], length)
+        steps = np.arange(length, dtype=np.int64)
+        inside = steps < lengths[:, None]  # (n, length)
+        places = np.where(inside, (stops - lengths)[:, None] + steps, 0)
+        return np.where(inside, self.items[places], 0).astype(np.int64), lengths

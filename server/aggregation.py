@@ -1,0 +1,117 @@
+"""From replies to one mean update: check each reply, then one indexed sum in the order of the users."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from common.config import FederationConfig
+from common.models.weights import Weights
+from common.wire import METRICS, UPDATE
+
+
+class Reply(NamedTuple):
+    """A checked update."""
+
+    user: int
+    events: int
+    loss: float
+    table: NDArray[np.float32]
+    body: NDArray[np.float32]
+    rows: NDArray[np.int32] | None
+
+
+class Rejected(Exception):  # noqa: N818 - a verdict on one reply, never raised further
+    """A reply that must not enter the sum, and why."""
+
+
+def check(message: Message, weights: Weights) -> Reply:
+    """Read one reply and hold it against the global weights.
+
+    Parameters
+    ----------
+    message : Message
+        A train reply.
+    weights : Weights
+        The global weights; shapes and catalogue size come from them.
+
+    Raises
+    ------
+    Rejected
+        Where the client refused, or where a tensor is missing, misshapen, of a wrong type or not finite.
+    """
+    if message.has_error():
+        raise Rejected(f"refused: {message.error.reason or 'no reason given'}")
+    try:
+        arrays, metrics = message.content[UPDATE], message.content[METRICS]
+        table, body = arrays["table"].numpy(), arrays["body"].numpy()
+        rows = arrays["rows"].numpy() if "rows" in arrays else None
+        reply = Reply(int(metrics["user"]), int(metrics["events"]), float(metrics["loss"]), table, body, rows)
+    except (KeyError, TypeError, ValueError) as fault:
+        raise Rejected(f"malformed: {type(fault).__name__}") from fault
+    items, dim = weights.table.shape
+    if table.dtype != np.float32 or body.dtype != np.float32:
+        raise Rejected("wrong dtype")
+    if body.shape != tuple(weights.body.shape) or table.shape != (items if rows is None else len(rows), dim):
+        raise Rejected("wrong shape")
+    if rows is not None and not _valid_rows(rows, items):
+        raise Rejected("item rows outside the catalogue or repeated")
+    if reply.events < 0 or not np.isfinite(reply.loss):
+        raise Rejected("impossible event count or loss")
+    if not (np.isfinite(body).all() and np.isfinite(table).all()):
+        raise Rejected("not finite")
+    return reply
+
+
+def _valid_rows(rows: NDArray[np.int32], items: int) -> bool:
+    if rows.dtype != np.int32 or rows.ndim != 1:
+        return False
+    return len(rows) == 0 or (rows.min() >= 0 and rows.max() < items and len(np.unique(rows)) == len(rows))
+
+
+def admit(replies: Iterable[Message], weights: Weights) -> tuple[list[Reply], Counter[str]]:
+    """Checked replies in the order of their users, and how many were left out for each reason."""
+    good: dict[int, Reply] = {}
+    rejected: Counter[str] = Counter()
+    for message in replies:
+        try:
+            reply = check(message, weights)
+            if reply.user in good:
+                raise Rejected("second reply of one user")
+            good[reply.user] = reply
+        except Rejected as verdict:
+            rejected[str(verdict)] += 1
+    return [good[user] for user in sorted(good)], rejected
+
+
+def weigh(replies: list[Reply], config: FederationConfig) -> NDArray[np.float32]:
+    """Weight of each reply in the mean, ``(C,)``: its events, or one."""
+    if config.weighting == "uniform":
+        return np.ones(len(replies), dtype=np.float32)
+    return np.array([reply.events for reply in replies], dtype=np.float32)
+
+
+def weighted_sum(replies: list[Reply], importance: NDArray[np.float32], weights: Weights) -> Weights:
+    """Σ importance · update over the replies, of the global weights' shapes.
+
+    Sparse replies cost one indexed sum over all their rows together; the order is that of the replies, so no order of
+    arrival changes a bit.
+    """
+    scale = torch.from_numpy(importance)
+    body = scale @ torch.from_numpy(np.stack([reply.body for reply in replies]))  # (P,)
+    table = torch.zeros_like(weights.table)
+    sparse = [i for i, reply in enumerate(replies) if reply.rows is not None]
+    if sparse:
+        rows = np.concatenate([replies[i].rows for i in sparse])  # type: ignore[misc]
+        values = torch.from_numpy(np.concatenate([replies[i].table for i in sparse]))
+        counts = torch.tensor([len(replies[i].table) for i in sparse])
+        values.mul_(scale[sparse].repeat_interleave(counts).unsqueeze(1))
+        table.index_add_(0, torch.from_numpy(rows).long(), values)
+    for i, reply in enumerate(replies):
+        if reply.rows is None:
+            table.add_(torch.from_numpy(reply.table), alpha=float(importance[i]))
+    return Weights(table, body)

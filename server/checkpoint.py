@@ -1,0 +1,144 @@
+"""The state of a run between two rounds, in one file that is whole or absent.
+
+One safetensors file holds all tensors; its header holds the rest as JSON. Whatever is drawn at random is a function of
+the seed and the round, so no generator's state is stored.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.config import Experiment, experiment_hash
+from common.errors import StateError
+from common.files import atomic, explained
+from common.models.shapes import ITEM_TABLE, parameter_shapes
+from common.models.weights import Weights, named
+
+FORMAT = 1
+
+
+@dataclass
+class State:
+    """All that the next round depends on."""
+
+    weights: Weights
+    """Global weights."""
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    """Moments of the server's optimiser, by name."""
+    round: int = 0
+    """Rounds done."""
+    best: Weights | None = None
+    """Weights of the best validation so far."""
+    best_round: int = 0
+    """Its round."""
+    best_value: float = float("-inf")
+    """Its NDCG@10."""
+    stale: int = 0
+    """Validations since."""
+
+
+def save(path: Path, state: State, experiment: Experiment) -> None:
+    """Write a checkpoint atomically.
+
+    Raises
+    ------
+    StateError
+        Where the file cannot be written; the one before stays.
+    """
+    tensors = {f"weights.{name}": part for name, part in state.weights._asdict().items()}
+    tensors |= {f"optimizer.{name}": part for name, part in state.optimizer.items()}
+    if state.best is not None:
+        tensors |= {f"best.{name}": part for name, part in state.best._asdict().items()}
+    facts = {
+        "format": FORMAT,
+        "experiment": experiment_hash(experiment),
+        "round": state.round,
+        "best_round": state.best_round,
+        "best_value": state.best_value,
+        "stale": state.stale,
+    }
+    _write(path, tensors, facts)
+
+
+def load(path: Path, experiment: Experiment) -> State:
+    """Read a checkpoint of this experiment.
+
+    Raises
+    ------
+    StateError
+        Where the file is missing, truncated, of another format or of another experiment.
+    """
+    tensors, facts = _read(path)
+    if facts.get("format") != FORMAT:
+        raise StateError(f"{path}: format {facts.get('format')} is not {FORMAT}, which this version reads")
+    if facts.get("experiment") != experiment_hash(experiment):
+        raise StateError(f"{path}: belongs to another experiment (its configuration was changed); start a new run")
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+    try:
+        best = part("best")
+        return State(
+            Weights(**part("weights")),
+            part("optimizer"),
+            facts["round"],
+            Weights(**best) if best else None,
+            facts["best_round"],
+            facts["best_value"],
+            facts["stale"],
+        )
+    except (KeyError, TypeError) as fault:
+        raise StateError(f"{path}: incomplete checkpoint ({fault}); delete it and start a new run") from fault
+
+
+def save_model(path: Path, weights: Weights, experiment: Experiment) -> None:
+    """Write a trained model by parameter names, with its experiment in the header; atomically."""
+    tensors = {ITEM_TABLE: weights.table} | named(experiment.model, weights.body)
+    _write(path, tensors, {"format": FORMAT, "experiment": experiment.model_dump(mode="json")})
+
+
+def load_model(path: Path, experiment: Experiment, items: int) -> Weights:
+    """Read a model written by `save_model`.
+
+    Raises
+    ------
+    StateError
+        Where the file is missing or truncated, or where names or shapes don't fit the experiment, or a number is not
+        finite.
+    """
+    tensors, _ = _read(path)
+    shapes = parameter_shapes(experiment.model, items)
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape:
+            raise StateError(f"{path}: parameter {name!r} is {found or 'missing'}, the experiment wants {shape}")
+        if not torch.isfinite(tensors[name]).all():
+            raise StateError(f"{path}: parameter {name!r} holds numbers that are not finite; train again")
+    body = torch.cat([tensors[name].flatten() for name in shapes if name != ITEM_TABLE])
+    return Weights(tensors[ITEM_TABLE], body)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, object]) -> None:
+    owned = {name: part.detach().clone(memory_format=torch.contiguous_format) for name, part in tensors.items()}
+    try:
+        with atomic(path) as temporary:
+            save_file(owned, temporary, metadata={"hushrec": json.dumps(facts)})
+    except SafetensorError as fault:
+        raise StateError(f"{path}: cannot be written ({fault}); free some space or choose another folder") from fault
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    with explained(path):
+        path.open("rb").close()
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["hushrec"])
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, facts  # noqa: SIM118
+    except (SafetensorError, KeyError, ValueError) as fault:
+        raise StateError(f"{path}: not a file of hushrec, or a truncated one ({fault})") from fault

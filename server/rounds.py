@@ -1,0 +1,149 @@
+"""The round loop: the one place for progress, validation, early stop and checkpoints.
+
+Flower's own `Strategy.start` always begins at round 1 and can do none of these; its Strategy interface stays.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from common.config import Experiment, experiment_hash
+from common.errors import Interrupted, StateError
+from common.models.weights import Weights, initialise
+from server import checkpoint
+from server.checkpoint import State
+from server.journal import Observer, journal
+from server.roster import Roster
+from server.strategy import FederatedRanking
+
+SELECT = "ndcg@10"
+"""Validation figure that chooses the round."""
+CHECKPOINT_FILE, MODEL_FILE = "checkpoint.safetensors", "model.safetensors"
+TIMEOUT = 3600.0
+"""Seconds that a round waits for replies."""
+
+Ranks = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run gives."""
+
+    weights: Weights
+    """Weights of the round that validation chose."""
+    rounds: int
+    """Rounds done."""
+    best_round: int
+    """The chosen one."""
+    test: tuple[Ranks, Ranks]
+    """Full and sampled test rank by user, NaN where there is none."""
+    bytes_down: int
+    """Bytes that each client received in a round."""
+
+
+def never() -> bool:
+    """Nobody asks the run to stop."""
+    return False
+
+
+def serve(
+    grid: Grid,
+    experiment: Experiment,
+    folder: Path | None,
+    observe: Observer,
+    *,
+    resume: bool = False,
+    stopping: Callable[[], bool] = never,
+) -> Outcome:
+    """Train to the end, choose by validation, and read the test split once.
+
+    Parameters
+    ----------
+    grid : Grid
+        Carries messages to the clients.
+    experiment : Experiment
+        What to run.
+    folder : Path, optional
+        Where checkpoints, metrics and the model go; none are written without it.
+    observe : Observer
+        Told of each round.
+    resume : bool
+        Go on from the folder's checkpoint; with none there, from the start.
+    stopping : callable
+        Asked after each round whether to stop there.
+
+    Raises
+    ------
+    Interrupted
+        Where `stopping` said so; a checkpoint of the last round is in the folder.
+    StateError
+        Where the checkpoint is unusable or nothing can be written.
+    """
+    roster = Roster.discover(grid, experiment_hash(experiment))
+    state = _start(experiment, roster, folder, resume)
+    strategy = FederatedRanking(experiment, roster, state.weights)
+    strategy.optimizer.load(state.optimizer)
+    record = journal(folder, observe, state.round)
+    last, every = experiment.federation.rounds, experiment.evaluation.every
+    while state.round < last and not _worn_out(experiment, state):
+        state.round += 1
+        record(_train(grid, strategy, state.round))
+        if state.round % every == 0 or state.round == last:
+            record(_validate(grid, strategy, state))
+        stop = stopping()
+        if folder and (stop or state.round == last or state.round % experiment.runtime.checkpoint_every == 0):
+            kept = replace(state, optimizer=strategy.optimizer.state())
+            checkpoint.save(folder / CHECKPOINT_FILE, kept, experiment)
+        if stop and state.round < last:
+            raise Interrupted(f"stopped after round {state.round} of {last}")
+    chosen = state.weights if state.best is None else state.best
+    if folder:
+        checkpoint.save_model(folder / MODEL_FILE, chosen, experiment)
+    best_round = state.round if state.best is None else state.best_round
+    test = _rank(grid, FederatedRanking(experiment, roster, chosen), best_round, "test")
+    return Outcome(chosen, state.round, best_round, test, strategy.bytes_down())
+
+
+def _start(experiment: Experiment, roster: Roster, folder: Path | None, resume: bool) -> State:
+    if not (resume and folder and (folder / CHECKPOINT_FILE).exists()):
+        return State(initialise(experiment.model, roster.items, experiment.seed))
+    state = checkpoint.load(folder / CHECKPOINT_FILE, experiment)
+    if len(state.weights.table) != roster.items:
+        raise StateError(f"{folder}: the checkpoint knows {len(state.weights.table)} items, the data {roster.items}")
+    return state
+
+
+def _worn_out(experiment: Experiment, state: State) -> bool:
+    patience = experiment.evaluation.patience
+    return patience is not None and state.stale >= patience
+
+
+def _train(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    messages = strategy.configure_train(round_, strategy.arrays(), ConfigRecord(), grid)
+    _, metrics = strategy.aggregate_train(round_, grid.send_and_receive(messages, timeout=TIMEOUT))
+    facts = {"round": round_, "kind": "train", **(metrics or {}), "seconds": time.perf_counter() - began}
+    return facts | ({"reasons": strategy.rejections} if strategy.rejections else {})
+
+
+def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str, Any]:
+    began = time.perf_counter()
+    figures = strategy.quality(_rank(grid, strategy, state.round, "validation"))
+    if figures[SELECT] > state.best_value:
+        state.best = Weights(*(part.clone() for part in state.weights))
+        state.best_round, state.best_value, state.stale = state.round, figures[SELECT], 0
+    else:
+        state.stale += 1
+    return {"round": state.round, "kind": "validation", **figures, "seconds": time.perf_counter() - began}
+
+
+def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[Ranks, Ranks]:
+    messages = strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), grid)
+    return strategy.ranks(grid.send_and_receive(messages, timeout=TIMEOUT))

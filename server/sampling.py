@@ -1,0 +1,43 @@
+"""Who takes part in a round: a pure function of the seed and the round, so a resumed run needs only its number."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import FederationConfig
+from common.seeding import generator
+
+
+def cohort(config: FederationConfig, population: int, seed: int, round_: int) -> NDArray[np.int64]:
+    """Users of a round, sorted and distinct.
+
+    Parameters
+    ----------
+    config : FederationConfig
+        `sampling` and `cohort`.
+    population : int
+        Users there are; they are 0 … population − 1.
+    seed, round_ : int
+        The experiment's seed and the round, from 1.
+
+    Returns
+    -------
+    ndarray
+        ``(C,)`` int64; empty at times under `poisson`.
+    """
+    rng = generator(seed, "cohort", round_)
+    size = min(config.cohort, population)
+    if config.sampling == "poisson":  # a binomial count, then that many without replacement: independent coin flips
+        size = int(rng.binomial(population, size / population))
+    return without_replacement(rng, population, size)
+
+
+def validation_users(users: int | None, population: int, seed: int, round_: int) -> NDArray[np.int64]:
+    """Users of a validation: all, or so many drawn anew each time; sorted int64."""
+    if users is None or users >= population:
+        return np.arange(population)
+    return without_replacement(generator(seed, "validation-users", round_), population, users)
+
+
+def without_replacement(rng: np.random.Generator, population: int, size: int) -> NDArray[np.int64]:
+    """Uniform subset of 0 … population − 1, sorted; for a small part of many, in time that grows with `size` only."""
+    return np.sort(rng.choice(population, size, replace=False, shuffle=False)).astype(np.int64)

@@ -1,0 +1,119 @@
+"""The one Strategy: sample users, send, check, aggregate, step; and federated full ranking.
+
+It reads like the algorithm: `configure_train` is what the server says, `aggregate_train` what it makes of the answers
+(McMahan et al., AISTATS 2017; Reddi et al., ICLR 2021).
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from common.config import Experiment, experiment_hash
+from common.metrics import point
+from common.models.weights import Weights
+from common.wire import METRICS, MODEL, ROUND, pack, payload_bytes
+from server.aggregation import admit, weigh, weighted_sum
+from server.optimizers import ServerOptimizer, mean_of
+from server.roster import Roster, messages
+from server.sampling import cohort, validation_users
+
+
+class FederatedRanking(Strategy):
+    """Federated training of a recommender, one user per client.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Sampling, weighting, optimiser, cutoffs, seed.
+    roster : Roster
+        Which node hosts which user.
+    weights : Weights
+        The global weights; stepped in place.
+    """
+
+    def __init__(self, experiment: Experiment, roster: Roster, weights: Weights):
+        self.experiment = experiment
+        self.roster = roster
+        self.weights = weights
+        self.optimizer = ServerOptimizer(experiment.federation.optimizer, weights)
+        self.fingerprint = experiment_hash(experiment)
+        self.rejections: dict[str, int] = {}
+        """Reasons for the replies left out of the last round, and how many each."""
+
+    def arrays(self) -> ArrayRecord:
+        """The global weights as they travel, sharing memory."""
+        return pack(self.weights)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message for each user sampled in this round."""
+        users = cohort(self.experiment.federation, self.roster.population, self.experiment.seed, server_round)
+        return messages(self.roster, users, self._content(server_round, arrays, config), "train", server_round)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Step along the mean of the updates that pass the check; with none, the model stays as it is."""
+        good, rejected = admit(replies, self.weights)
+        self.rejections = dict(rejected)
+        importance = weigh(good, self.experiment.federation)
+        metrics: dict[str, int | float] = {"clients": len(good), "rejected": sum(rejected.values())}
+        if importance.sum() > 0:
+            self.optimizer.step(mean_of(weighted_sum(good, importance, self.weights), float(importance.sum())))
+            metrics["loss"] = float(np.average([reply.loss for reply in good], weights=importance))
+            up = [reply.table.nbytes + reply.body.nbytes + (0 if reply.rows is None else reply.rows.nbytes) for reply in good]
+            metrics["bytes_up_per_client"] = float(np.mean(up))
+        return self.arrays(), MetricRecord(metrics)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message for each user that ranks; all of them on the test split."""
+        limit = None if config["split"] == "test" else self.experiment.evaluation.users
+        users = validation_users(limit, self.roster.population, self.experiment.seed, server_round)
+        return messages(self.roster, users, self._content(server_round, arrays, config), "evaluate", server_round)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Global ranking quality."""
+        ranks = self.ranks(replies)
+        return MetricRecord(self.quality(ranks)) if np.isfinite(ranks[0]).any() else None
+
+    def ranks(self, replies: Iterable[Message]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Full and sampled rank by user, ``(N,)`` each; NaN where a user did not or could not rank.
+
+        A reply with an error, an unknown user or an impossible rank counts as none.
+        """
+        full, sampled = (np.full(self.roster.population, np.nan) for _ in range(2))
+        for reply in replies:
+            if reply.has_error() or METRICS not in reply.content:
+                continue
+            said = reply.content[METRICS]
+            user, rank = said.get("user", -1), said.get("rank", np.nan)
+            if isinstance(user, int) and 0 <= user < len(full) and 1 <= rank <= self.roster.items:
+                full[user], sampled[user] = rank, said.get("rank_sampled", np.nan)
+        return full, sampled
+
+    def quality(self, ranks: tuple[NDArray[np.float64], NDArray[np.float64]]) -> dict[str, float]:
+        """Metrics of ranks; those of sampled ranks under their own names, such as ``hr@10|s99``."""
+        cutoffs = sorted({10, *self.experiment.evaluation.cutoffs})
+        figures = point(ranks[0], cutoffs)
+        if self.experiment.evaluation.sampled:
+            suffix = f"|s{self.experiment.evaluation.sampled}"
+            figures |= {name + suffix: value for name, value in point(ranks[1], cutoffs).items()}
+        return figures
+
+    def bytes_down(self) -> int:
+        """Bytes that each client receives in a round."""
+        return payload_bytes(self.arrays())
+
+    def summary(self) -> None:
+        """Nothing to say here; the round loop reports to its observer."""
+
+    def _content(self, round_: int, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
+        told = ConfigRecord({"round": round_, "experiment": self.fingerprint, **config})
+        return RecordDict({MODEL: arrays, ROUND: told})

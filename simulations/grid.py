@@ -1,0 +1,120 @@
+"""A Flower Grid that plays every node in this process: no Ray, no daemon, no network.
+
+The ServerApp and the client code run unchanged. `vectorized` hands all messages of a round to the client code at once;
+`sequential` sends them one by one through the Flower ClientApp. Messages share their content, so nobody may write into
+what arrives.
+
+Flower keeps some of what a Grid needs to itself; the private names that we touch are all in this module.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import app as client_app
+from client.device import PARTITION, Device
+from client.handlers import HANDLERS
+
+FIRST_NODE = 2
+"""Node of user 0; Flower's SuperLink is node 1."""
+BROKEN = 2
+"""Error code of a reply made for a client that raised."""
+
+Engine = Callable[[Sequence[Message]], list[Message]]
+
+
+class InProcessGrid(Grid):
+    """All nodes of a federation in one process.
+
+    Parameters
+    ----------
+    device : Device
+        The data of all users.
+    engine : str
+        ``vectorized`` or ``sequential``.
+    """
+
+    def __init__(self, device: Device, engine: str):
+        self._device = device
+        self._engine = self._vectorized if engine == "vectorized" else self._sequential
+        self._contexts: dict[int, Context] = {}
+        self._sent = 0
+        self._waiting: dict[str, Message] = {}
+        self.set_run(Run.create_empty(run_id=1))
+
+    def set_run(self, run: Run) -> None:
+        """Say which run this is; `Message` reads the identity from the process."""
+        self._run = run
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run.run_id, 1, 1
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message from the server to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> range:
+        """Nodes in the order of their users."""
+        return range(FIRST_NODE, FIRST_NODE + len(self._device.sequences))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Run the clients and return one reply per message, in order.
+
+        Nobody can be late here, so `timeout` is not looked at. A client that raises costs only its own reply.
+        """
+        sent = list(messages)
+        for message in sent:
+            self._identify(message)
+        replies = self._engine(sent)
+        for reply in replies:
+            self._identify(reply)
+        return replies
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Run the clients now; their replies wait for `pull_messages`."""
+        sent = list(messages)
+        replies = self.send_and_receive(sent)
+        names = [message.metadata.message_id for message in sent]
+        self._waiting.update(zip(names, replies, strict=True))
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Replies to pushed messages, each handed out once."""
+        return [self._waiting.pop(name) for name in message_ids if name in self._waiting]
+
+    def _identify(self, message: Message) -> None:
+        self._sent += 1
+        message.metadata.__dict__["_message_id"] = f"m{self._sent}"
+
+    def _vectorized(self, messages: Sequence[Message]) -> list[Message]:
+        replies: dict[int, Message] = {}
+        for kind in dict.fromkeys(message.metadata.message_type for message in messages):
+            where = [i for i, message in enumerate(messages) if message.metadata.message_type == kind]
+            here = [messages[i] for i in where]
+            users = [message.metadata.dst_node_id - FIRST_NODE for message in here]
+            replies.update(zip(where, HANDLERS[kind](here, users, self._device), strict=True))
+        return [replies[i] for i in range(len(messages))]
+
+    def _sequential(self, messages: Sequence[Message]) -> list[Message]:
+        return [self._one(message) for message in messages]
+
+    def _one(self, message: Message) -> Message:
+        try:
+            return client_app(message, self._context(message.metadata.dst_node_id))
+        except Exception as fault:  # as Flower does: an error reply, and the round goes on
+            return Message(Error(BROKEN, f"{type(fault).__name__}: {fault}"), reply_to=message)
+
+    def _context(self, node: int) -> Context:
+        if node not in self._contexts:
+            config = {PARTITION: node - FIRST_NODE, "data-path": str(self._device.catalogue.folder)}
+            run_config = {"experiment": self._device.experiment.model_dump_json(), "overrides": ""}
+            self._contexts[node] = Context(self._run.run_id, node, config, RecordDict(), run_config)
+        return self._contexts[node]
