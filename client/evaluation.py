@@ -12,7 +12,8 @@ from torch import Tensor
 from client.batches import bucket_widths
 from client.rows import Ints
 from common.config import Experiment, ModelConfig
-from common.data.sequences import Sequences
+from common.data.sequences import Sequences, Split
+from common.metrics import expected_ranks
 from common.models.encoder import encode
 from common.models.weights import Weights, named
 from common.seeding import uniform_integers
@@ -86,19 +87,30 @@ def mask_seen(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints) ->
     return scored
 
 
-def expected_ranks(scored: Tensor, targets: Ints) -> Ranks:
-    """Rank of each row's target: 1 + items strictly better + half of the others that tie; ``(B, I), (B,) → (B,)``."""
-    own = scored.gather(1, torch.from_numpy(targets).unsqueeze(1))  # (B, 1)
-    better = (scored > own).sum(-1)
-    equal = (scored == own).sum(-1) - 1
-    ranks: Ranks = (1.0 + better + equal / 2.0).numpy().astype(np.float64)
+def target_ranks(scored: Tensor, targets: Tensor) -> Ranks:
+    """Rank of each row's target, ties at their expectation; ``(B, I), (B,) → (B,)``.
+
+    A target without a finite score ranks last: a broken model gains nothing.
+    """
+    own = scored.gather(1, targets.unsqueeze(1))  # (B, 1)
+    ranks = expected_ranks((scored > own).sum(-1).numpy(), (scored == own).sum(-1).numpy() - 1)
     return np.where(torch.isfinite(own.squeeze(1)).numpy(), ranks, scored.shape[1])
 
 
-def rank(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: str) -> Ranking:
-    """Rank each user's held-out item against the catalogue without the user's earlier items.
+def held_out_ranks(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints, targets: Ints) -> Ranks:
+    """Rank of each user's held-out item among all items that it had not before; masks `scored` in place.
 
     The held-out item itself is never masked, even where the user had it before.
+    """
+    row, goal = torch.arange(len(users)), torch.from_numpy(targets)
+    own = scored[row, goal]
+    mask_seen(scored, sequences, users, stops)
+    scored[row, goal] = own
+    return target_ranks(scored, goal)
+
+
+def rank(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: Split) -> Ranking:
+    """Rank each user's held-out item against the catalogue without the user's earlier items.
 
     Parameters
     ----------
@@ -118,14 +130,10 @@ def rank(experiment: Experiment, weights: Weights, sequences: Sequences, users: 
     held = np.flatnonzero(targets >= 0)
     for where, scored in scores(experiment, weights, sequences, users[held], stops[held]):
         here = held[where]
-        row, goal = torch.arange(len(here)), torch.from_numpy(targets[here])
-        own = scored[row, goal]
-        mask_seen(scored, sequences, users[here], stops[here])
-        scored[row, goal] = own
-        full[here] = expected_ranks(scored, targets[here])
+        full[here] = held_out_ranks(scored, sequences, users[here], stops[here], targets[here])
         if experiment.evaluation.sampled:
-            few = _sample(experiment, users[here], split, scored, goal)
-            sampled[here] = expected_ranks(scored.gather(1, few), np.zeros(len(here), dtype=np.int64))
+            few = _sample(experiment, users[here], split, scored, torch.from_numpy(targets[here]))
+            sampled[here] = target_ranks(scored.gather(1, few), torch.zeros(len(here), dtype=torch.int64))
     return Ranking(full, sampled)
 
 

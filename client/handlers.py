@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from client.device import Device
@@ -94,7 +93,7 @@ def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) ->
 
 def _update_reply(message: Message, update: Update) -> Message:
     table, body = update.weights
-    if not (np.isfinite(update.loss) and torch.isfinite(body).all() and torch.isfinite(table).all()):
+    if not update.finite:
         return _refusal(message, "training gave numbers that are not finite")
     rows = {} if update.rows is None else {"rows": update.rows}
     content = RecordDict({

@@ -36,6 +36,8 @@ class Update(NamedTuple):
     """Targets that one pass trained on."""
     loss: float
     """Mean loss over the local steps, each before its step."""
+    finite: bool
+    """Whether all numbers are; an update that isn't is worth nothing."""
 
 
 class _Problem(NamedTuple):
@@ -138,11 +140,13 @@ def _solve(experiment: Experiment, weights: Weights, loss: Loss, problem: _Probl
     steps = np.maximum((trained > 0).sum(-1), 1)
     events = trained.sum(-1) // (local.epochs or lengths.shape[1])
     mean_loss = losses.sum(-1).numpy() / steps
+    # A sum meets every number, and whatever is not finite makes it so: one pass instead of one test per user.
+    finite = np.isfinite(mean_loss) & torch.isfinite(table.sum((1, 2)) + body.sum(1)).numpy()
     for i, user in enumerate(users):
         r = None if problem.rows is None or problem.counts is None else problem.rows[i, : problem.counts[i]]
         rows = None if r is None else r.astype(np.int32)
         change = Weights(table[i] if rows is None else table[i, : len(rows)], body[i])
-        yield Update(int(user), rows, change, int(events[i]), float(mean_loss[i]))
+        yield Update(int(user), rows, change, int(events[i]), float(mean_loss[i]), bool(finite[i]))
 
 
 def _loss(experiment: Experiment, stacked: Weights, loss: Loss, problem: _Problem, step: int, round_: int) -> Tensor:

@@ -58,8 +58,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     known = [*Path("configs").rglob("*.yaml"), *path.parent.glob("*.*")]
     known += [file.relative_to(home) for file in home.glob("configs/**/*.yaml")]
     names = {file.name: str(file) for file in known}
-    near = [names[name] for name in difflib.get_close_matches(path.name, names)]
-    raise ConfigError([f"{path}: no such file" + (f"; did you mean {_either(near)}?" if near else "")])
+    near = difflib.get_close_matches(path.name, names, n=1)
+    raise ConfigError([f"{path}: no such file" + (f"; did you mean {names[near[0]]}?" if near else "")])
 
 
 def parse(text: str | bytes, source_name: str = "experiment", overrides: Sequence[str] = ()) -> Experiment:
@@ -90,10 +90,8 @@ def parse(text: str | bytes, source_name: str = "experiment", overrides: Sequenc
     reader = _Reader(source_name)
     data = reader.read(text, ())
     if not isinstance(data, dict):
-        problem = "the file is empty" if data is None else f"{_show(data)} is not allowed"
-        raise ConfigError(
-            reader.lines() or [f"{source_name}:1: {problem}; must be keys and values, such as `name: try`"]
-        )
+        problem = "it is empty" if data is None else f"{_show(data)} is not allowed"
+        raise ConfigError(reader.lines() or [f"{source_name}:1: {problem}; must be lines such as `name: first-try`"])
     reader.override(data, overrides)
     try:
         experiment = Experiment.model_validate(data)
@@ -105,15 +103,25 @@ def parse(text: str | bytes, source_name: str = "experiment", overrides: Sequenc
 
 
 def dump(experiment: Experiment) -> str:
-    """YAML text with every key, defaults too, in the schema's order; `parse(dump(e)) == e`."""
-    text: str = yaml.safe_dump(
-        experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=_MAX_BYTES
-    )
-    return text
+    """Write an experiment as YAML.
+
+    Returns
+    -------
+    str
+        Every key, defaults too, in the schema's order; `parse(dump(e)) == e`.
+    """
+    values = experiment.model_dump(mode="json")
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=_MAX_BYTES))
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of an experiment; the docstrings of `common.config` are its descriptions."""
+    """Describe the format of an experiment, for editors and documentation.
+
+    Returns
+    -------
+    dict
+        JSON Schema, draft 2020-12; the docstrings of `common.config` are its descriptions.
+    """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}
 
 
@@ -132,19 +140,21 @@ class _Reader:
 
     def note(self, error: ValidationError) -> None:
         for key, text in map(_fault, error.errors(include_url=False)):
-            # A missing key is a fault of its section's place.
+            # What is missing has no place, but its section may have one.
             place = next(self.places[key[:n]] for n in range(len(key), -1, -1) if key[:n] in self.places)
             self.faults.append((place, f"{_dotted(key)}: {text}"))
 
     def read(self, text: str, key: _Key) -> Any:
         """Value of a text that stands at `key`; None if it is empty or, with a fault noted, broken."""
         try:
-            node = yaml.compose(text, yaml.SafeLoader)
+            node = yaml.SafeLoader(text).get_single_node()
             return None if node is None else self._value(node, key)
         except yaml.MarkedYAMLError as error:
-            line, column = (error.problem_mark.line, error.problem_mark.column) if error.problem_mark else (0, 0)
-            problem = "a tab where only spaces may be" if r"'\t'" in str(error.problem) else error.problem
-            self.faults.append((self._at(line), f"broken YAML at column {column + 1}: {problem}"))
+            mark: Any = error.problem_mark
+            problem = " ".join(filter(None, (error.context, error.problem)))
+            problem = "a tab where only spaces may be" if r"'\t'" in problem else problem
+            problem += "; put the text in quotes" if "cannot start" in problem else ""
+            self.faults.append((self._at(mark.line), f"broken YAML at column {mark.column + 1}: {problem}"))
         except ReaderError as error:
             line, column = text.count("\n", 0, error.position), error.position - text.rfind("\n", 0, error.position)
             self.faults.append((self._at(line), f"broken YAML at column {column}: {error.reason}"))
@@ -164,7 +174,8 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, (*key, i)) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
-            return None if node.tag.endswith(":null") else node.value
+            text = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")  # joins JSON's pairs
+            return None if node.tag.endswith(":null") else text
         section: dict[str, Any] = {}
         for name, inner in node.value:
             place = self._at(name.start_mark.line)
@@ -179,25 +190,29 @@ class _Reader:
         return section
 
     def override(self, data: dict[str, Any], overrides: Sequence[str]) -> None:
+        split = [(order, text, *text.partition("=")) for order, text in enumerate(overrides, start=_MAX_BYTES)]
         # Kinds first, since a new one empties its section.
-        numbered = sorted(enumerate(overrides, start=_MAX_BYTES), key=lambda entry: ".kind=" not in entry[1])
-        for order, text in numbered:
-            self._override = place = (order, f"override {_show(text, bare='')}")
-            dotted, equals, value = text.partition("=")
+        for order, text, dotted, equals, value in sorted(split, key=lambda entry: not entry[2].endswith(".kind")):
+            self._override = (order, f"override {text!r}")
             key = tuple(dotted.split("."))
-            section: Any = data
-            for depth, name in enumerate(key[:-1], start=1):
-                if isinstance(section, dict) and section.get(name) is None:
-                    section[name], self.places[key[:depth]] = {}, place
-                section = section[name] if isinstance(section, dict) else None
-            if not equals or not all(key) or not isinstance(section, dict):
-                self.faults.append((place, "must be a key inside sections, `=` and a value: federation.rounds=5"))
-                continue
-            parsed = self.read(value, key)
-            if len(key) > 1 and key[-1] == "kind" and section.get("kind", parsed) != parsed:
-                section.clear()
-                self.places[key[:-1]] = place
-            section[key[-1]], self.places[key] = parsed, place
+            if equals and all(key):
+                self._set(data, key, value, self._override)
+            else:
+                self.faults.append((self._override, "must look like federation.rounds=5"))
+
+    def _set(self, section: dict[str, Any], key: tuple[str, ...], value: str, place: _Place) -> None:
+        for depth, name in enumerate(key[:-1], start=1):
+            if section.get(name) is None:
+                section[name], self.places[key[:depth]] = {}, place
+            section = section[name]
+            if not isinstance(section, dict):
+                self.faults.append((place, f"{_dotted(key[:depth])}: {_show(section)} is no section of keys"))
+                return
+        parsed = self.read(value, key)
+        if len(key) > 1 and key[-1] == "kind" and section.get("kind", parsed) != parsed:
+            section.clear()
+            self.places[key[:-1]] = place
+        section[key[-1]], self.places[key] = parsed, place
 
 
 # --- wording: what is wrong, and what the schema allows -----------------------------------------------------------
@@ -236,7 +251,7 @@ def _allowed(schema: dict[str, Any]) -> str:
         return _either(schema["enum"])
     bounds = " and ".join(f"{sign} {schema[name]}" for name, sign in _BOUNDS.items() if name in schema)
     each = f"each {_allowed(schema['items'])}" if "items" in schema else ""
-    return " ".join(filter(None, (_TYPES[schema["type"]], bounds, each)))
+    return " ".join(filter(None, (_TYPES.get(schema.get("type", ""), "another value"), bounds, each)))
 
 
 def _dotted(key: _Key) -> str:
@@ -274,10 +289,11 @@ def _variants(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _follow(loc: Iterable[str | int]) -> tuple[_Key, dict[str, Any]]:
     """Key and schema at a pydantic location; its union tags are no part of the key."""
-    key, schema = (), _schema()
+    key: _Key = ()
+    schema = _schema()
     for part in loc:
         if variants := _variants(schema):
-            schema = variants[part]
+            schema = variants[str(part)]
             continue
         key = (*key, part)
         schema = _resolved(schema.get("items") or schema.get("properties", {}).get(part, {}))

@@ -4,7 +4,6 @@ F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History a
 Interactive Intelligent Systems 5, 4: 19:1-19:19. https://doi.org/10.1145/2827872
 """
 
-import hashlib
 import shutil
 import tempfile
 import urllib.request
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from common.data.names import unknown
 from common.errors import DataError
+from common.files import sha256
 
 URL = "https://files.grouplens.org/datasets/movielens/{name}.zip"
 """Where GroupLens keeps its archives."""
@@ -119,12 +119,11 @@ def _fetch(url: str, archive: Path) -> None:
         shutil.copyfileobj(answer, file)
 
 
-def _check(archive: Path, sha256: str) -> None:
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+def _check(archive: Path, expected: str) -> None:
+    found = sha256(archive, DataError)
+    if found != expected:
         raise DataError(
-            f"{archive.name} was cut short or is not the known archive (sha256 {found[:12]}, expected {sha256[:12]}); "
+            f"{archive.name} is cut short or not the known archive (sha256 {found[:12]}, expected {expected[:12]}); "
             f"try again, {_MEND}"
         )
 

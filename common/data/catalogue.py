@@ -74,7 +74,7 @@ class Catalogue:
         return [genres or [] for genres in self._table["genres"].to_list()]
 
     def index_of(self, item_id: str) -> int:
-        """Number of the item with that id.
+        """Find the number of the item with that id.
 
         Raises
         ------

@@ -16,12 +16,11 @@
     causes.npy         (E,) int32    optional, synthetic data only (see `common.data.synthetic`)
 """
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from common.files import read_json
 
 FORMAT = 1
 """Version of the layout; part of the digest, so that a change makes every folder anew."""
@@ -60,16 +60,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     DataError
         If it is missing, is not JSON, or has another format.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{folder} is no prepared data set: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
-        raise damaged(folder, f"{MANIFEST}: {error}") from None
-    if not isinstance(manifest, dict) or not {"digest", "kept", "read"} <= manifest.keys():
+    path = folder / MANIFEST
+    if not path.exists():
+        raise DataError(f"{folder} is no prepared data set: it has no {MANIFEST}")
+    manifest = read_json(path, DataError)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
+    if not {"digest", "read", "kept"} <= manifest.keys() or not {"users", "items", "events"} <= manifest["kept"].keys():
         raise damaged(folder, f"{MANIFEST} is incomplete")
-    if manifest.get("format") != FORMAT:
-        raise damaged(folder, f"format {manifest.get('format')}, expected {FORMAT}")
     return manifest
 
 
@@ -122,29 +120,31 @@ class Appender:
 
 @contextmanager
 def being_made(target: Path) -> Iterator[Path]:
-    """Give a draft folder that becomes `target` when the block ends well and vanishes when it does not.
+    """Give a draft folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    An existing `target` is replaced. Of two processes that make the same folder, the later one wins; both are right.
+    What lies at `target` beforehand is deleted. If another process makes the same folder meanwhile, its one stays.
+
+    Raises
+    ------
+    DataError
+        If the disk does not let it.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        yield draft
-        for path in [*draft.iterdir(), draft]:
-            _fsync(path)
-        _replace(draft, target)
-        _fsync(target.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _replace(draft: Path, target: Path) -> None:
-    # A folder cannot be renamed over a full one: the old one steps aside first.
-    old = draft.with_name(draft.name + ".old")
-    with suppress(FileNotFoundError):
-        target.rename(old)
-    draft.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+            draft = Path(work) / target.name
+            draft.mkdir()
+            yield draft
+            for path in [*draft.iterdir(), draft]:
+                _fsync(path)
+            if not target.exists():
+                draft.rename(target)
+            _fsync(target.parent)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {target}: {error.strerror or error}; HUSHREC_CACHE names another place"
+        ) from None
 
 
 def _fsync(path: Path) -> None:

@@ -44,13 +44,15 @@ def table(config: TableData, found: list[Path]) -> Table:
     else:
         names, rows = text.headed(found[0], text.records(found[0], config.separator, quoted=True))
         raw = text.pick(found[0], rows, names, roles)
-    expected = config.separator.join(roles.values())
+    expected = repr(config.separator.join(roles.values()))
+    if config.time_format is not None:
+        expected += f" with times as {config.time_format!r}"
     return checked(found[0], raw, expected=expected, strict=config.strict, time_format=config.time_format)
 
 
 def _parquet(path: Path, roles: dict[str, str]) -> pl.DataFrame:
     try:
-        known = pl.read_parquet_schema(path).names()
+        known = list(pl.read_parquet_schema(path))
         for name in roles.values():
             if name not in known:
                 raise DataError(f"{path}: {unknown('column', name, known)}")

@@ -9,8 +9,8 @@ history x_1 … x_t the next event is drawn so:
 3. an item that the user has seen already is thrown away and the whole draw made again.
 
 By 3. the exact law of the next item is the mixture of 1. and 2. restricted to unseen items and renormalised, and it
-depends on nothing but the history. Hence ranking by `Law.scores` is Bayes-optimal under every ranking metric that
-grows with the held-out item's rank.
+depends on nothing but the history. Hence ranking by `Law.scores` is Bayes-optimal: no model has a higher
+expected HR, NDCG or MRR.
 """
 
 import math

@@ -22,7 +22,7 @@ from common.errors import DataError
 
 _FIELDS = ["user", "item", "rating", "time"]
 _TITLES = {"u.data": ("u.item", "u.genre"), "ratings.dat": ("movies.dat",), "ratings.csv": ("movies.csv",)}
-_NO_GENRES = {"(no genres listed)", ""}
+_NO_GENRES = "(no genres listed)"
 
 
 def files(path: Path) -> list[Path]:
@@ -81,19 +81,20 @@ def _about(beside: dict[str, Path]) -> pl.DataFrame | None:
         return None
     part = pl.col("fields").list
     known = fields.filter(part.len() == 3).select(
-        part.get(0).alias("item"), part.get(1).alias("title"), part.get(2).str.split("|").alias("genres")
+        part.get(0).alias("item"),
+        part.get(1).alias("title"),
+        part.get(2).replace(_NO_GENRES, "").str.extract_all(r"[^|]+").alias("genres"),
     )
-    named = pl.col("genres").list.set_difference(list(_NO_GENRES))
-    return known.with_columns(named).unique("item", keep="first", maintain_order=True)
+    return known.unique("item", keep="first", maintain_order=True)
 
 
 def _flags(titles: Path, genres: Path | None) -> pl.DataFrame:
     """Titles with a 0/1 flag per genre in the last fields, the genres' names in a file of ``name|number`` lines."""
-    names = [] if genres is None else [line.rpartition("|")[0] for line in text.lines(genres, "latin-1")["text"]]
+    names = [] if genres is None else [row[0] for row in text.records(genres, "|", encoding="latin-1")["fields"].to_list()]
     rows = []
-    for line in text.lines(titles, "latin-1")["text"]:
-        item, title, *rest = line.split("|")
-        flags = rest[len(rest) - len(names) :]
-        rows.append((item, title, [name for name, flag in zip(names, flags, strict=False) if flag == "1"]))
-    schema = {"item": pl.String, "title": pl.String, "genres": pl.List(pl.String)}
+    for fields in text.records(titles, "|", encoding="latin-1")["fields"].to_list():
+        if len(fields) >= 2 + len(names):
+            flags = zip(names, fields[len(fields) - len(names) :], strict=True)
+            rows.append((fields[0], fields[1], [name for name, flag in flags if flag == "1"]))
+    schema: dict[str, pl.DataType] = {"item": pl.String(), "title": pl.String(), "genres": pl.List(pl.String)}
     return pl.DataFrame(rows, schema=schema, orient="row").unique("item", keep="first", maintain_order=True)

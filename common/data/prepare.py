@@ -1,12 +1,10 @@
 """From a data section of the configuration to a prepared folder in the cache: read once, memory-mapped ever after."""
 
-import hashlib
 import os
 import re
 from collections.abc import Callable
-from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import polars as pl
@@ -14,9 +12,10 @@ import polars as pl
 from common.config import DataConfig, SyntheticData, digest
 from common.data import folder as disk
 from common.data import readers, rules, synthetic
-from common.data.sequences import Sequences
+from common.data.sequences import Extra, Sequences
 from common.data.split import split
 from common.errors import DataError
+from common.files import sha256, write_json
 
 
 def prepare(config: DataConfig) -> Path:
@@ -30,7 +29,7 @@ def prepare(config: DataConfig) -> Path:
         If the source cannot be read, or its filters leave nothing.
     """
     files = readers.files(config)
-    sums = {file.name: _sha256(file) for file in files}
+    sums = {file.name: sha256(file, DataError) for file in files}
     # Where the files lie changes nothing; what they hold does.
     options = config.model_dump(mode="json")
     key = digest({"format": disk.FORMAT, "options": options | {"path": None}, "files": sums})
@@ -44,7 +43,7 @@ def prepare(config: DataConfig) -> Path:
             np.save(draft / f"{name}.npy", array)
         source = {"kind": config.kind, "path": options.get("path"), "files": sums}
         manifest = {"format": disk.FORMAT, "digest": key, "source": source, "options": options, **facts}
-        (draft / disk.MANIFEST).write_text(dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_json(draft / disk.MANIFEST, manifest, DataError)
     return target
 
 
@@ -65,7 +64,7 @@ def intact(folder: Path) -> bool:
     """Tell whether a prepared folder is there, whole and of today's format."""
     try:
         sequences = Sequences.open(folder)
-        for name in disk.EXTRAS:
+        for name in get_args(Extra):
             sequences.extra(name)
         for name in (disk.USERS, disk.CATALOGUE):
             pl.read_parquet_schema(folder / name)
@@ -77,8 +76,8 @@ def intact(folder: Path) -> bool:
 def _write(config: DataConfig, draft: Path) -> dict[str, Any]:
     """Write everything but the split and the manifest; give the manifest's facts."""
     write: Callable[..., dict[str, Any]] = _write_table
-    if isinstance(config, SyntheticData) and not (config.min_user_events > 3 or config.min_item_events):
-        write = synthetic.write
+    if isinstance(config, SyntheticData) and max(config.min_user_events, config.min_item_events) <= 1:
+        write = synthetic.write  # nothing to filter, so the whole need not be in memory at once
     return write(config, draft)
 
 
@@ -135,11 +134,3 @@ def _cache() -> Path:
     if root := os.environ.get("HUSHREC_CACHE"):
         return Path(root).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hushrec"
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None

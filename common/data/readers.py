@@ -9,6 +9,7 @@ from common.config import DataConfig, SyntheticData
 from common.data import formats, movielens, synthetic
 from common.data.table import Table
 from common.errors import DataError
+from common.files import explained
 
 READERS: dict[str, Callable[[Any, list[Path]], Table]] = {
     "movielens": movielens.read,
@@ -43,11 +44,12 @@ def files(config: DataConfig) -> list[Path]:
     if isinstance(config, SyntheticData):
         return []
     path = resolve(config.path)
-    if config.kind == "movielens":
-        return movielens.files(path)
-    if not path.is_dir():
-        return [path]
-    inside = sorted(child for child in path.iterdir() if child.is_file())
+    with explained(path, DataError):
+        if config.kind == "movielens":
+            return movielens.files(path)
+        if not path.is_dir():
+            return [path]
+        inside = sorted(child for child in path.iterdir() if child.is_file())
     atomic = [child for child in inside if child.suffix == ".inter"]
     if config.kind == "recbole" and len(atomic) == 1:
         return atomic
@@ -63,14 +65,14 @@ def resolve(path: str) -> Path:
     DataError
         If it is nowhere; it names the places and the mend.
     """
-    wanted = Path(path).expanduser()
+    wanted = Path(os.path.expanduser(path))
     places = [Path.cwd()]
     if root := os.environ.get("HUSHREC_DATA"):
-        places.insert(0, Path(root).expanduser())
+        places.insert(0, Path(os.path.expanduser(root)))
     if wanted.is_absolute():
         places = [Path("/")]
     for place in places:
-        if (place / wanted).exists():
+        if os.path.exists(place / wanted):  # unlike Path.exists, False where a folder on the way is locked
             return place / wanted
     tried = " nor ".join(str(place / wanted) for place in places)
     raise DataError(

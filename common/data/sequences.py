@@ -15,6 +15,7 @@ from common.data import folder as disk
 from common.data.names import unknown
 
 Split = Literal["train", "validation", "test"]
+Extra = Literal["behaviours", "ratings", "causes"]
 Ints = NDArray[np.int64]
 
 
@@ -85,7 +86,7 @@ class Sequences:
         return list(self._ids)
 
     def index_of(self, user_id: str) -> int:
-        """Number of the user with that id.
+        """Find the number of the user with that id.
 
         Raises
         ------
@@ -97,14 +98,14 @@ class Sequences:
         except ValueError:
             raise unknown("user", user_id, self._ids) from None
 
-    def extra(self, name: Literal["behaviours", "ratings", "causes"]) -> NDArray[Any] | None:
+    def extra(self, name: Extra) -> NDArray[Any] | None:
         """Memory-map an optional array (E,) of the folder; None where the source has no such thing."""
         if not (self.folder / f"{name}.npy").exists():
             return None
         return disk.load_array(self.folder, name, len(self.items))
 
     def stops(self, users: Ints, split: Split) -> tuple[Ints, Ints]:
-        """Where the users' histories end in a split, and what comes next.
+        """Find where the users' histories end in a split, and what comes next.
 
         Parameters
         ----------
@@ -128,7 +129,7 @@ class Sequences:
         return np.where(held_out, places, self.offsets[users]), targets
 
     def events(self, users: Ints, stops: Ints) -> tuple[Ints, Ints]:
-        """All events of each user before its stop.
+        """Gather all events of each user before its stop.
 
         Parameters
         ----------
@@ -150,7 +151,7 @@ class Sequences:
         return self.items[np.arange(len(rows)) + shift[rows]].astype(np.int64), rows
 
     def windows(self, users: Ints, stops: Ints, length: int) -> tuple[Ints, Ints]:
-        """The last events of each user before its stop, in time order.
+        """Cut the last events of each user before its stop, in time order.
 
         Parameters
         ----------

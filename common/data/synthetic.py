@@ -1,4 +1,4 @@
-"""Synthetic sequences drawn from `common.data.law.Law`, in chunks of users, so that a million of them need little memory.
+"""Sequences drawn from `common.data.law.Law`, in chunks of users, so that a million of them need little memory.
 
 Every chunk has its own generator, keyed by the data's seed and the chunk's number.
 """
@@ -23,6 +23,7 @@ __all__ = ["CHUNK", "Chunk", "Law", "generate", "table", "write"]
 CHUNK = 8192
 """Users per chunk; a constant, since the sequences hang on it."""
 _REDRAWS = 100
+_YEAR = 365 * 24 * 3600  # seconds
 
 
 class Chunk(NamedTuple):
@@ -35,7 +36,7 @@ class Chunk(NamedTuple):
     items : (m,) int32
         Items of all events.
     times : (m,) int64
-        Times of all events: users join at different moments, and then have an event per unit of time.
+        Times of all events in seconds; every user's events are spread evenly over one year.
     causes : (m,) int32
         For every event the place of its cause in the user's sequence; -1 for noise and for the first event.
     """
@@ -129,7 +130,7 @@ class _Sampler:
         wanted = _lengths(config, users, rng)
         items = np.full((users, int(wanted.max())), -1, dtype=np.int32)
         causes = np.full_like(items, -1)
-        joined = rng.integers(0, max(1, round(10 * config.mean_length)), users)
+        phase = rng.random(users)
         lengths = wanted.copy()
         for step in range(items.shape[1]):
             pending = np.flatnonzero(lengths > step)
@@ -142,8 +143,9 @@ class _Sampler:
                 causes[pending[fresh], step] = cause[fresh]
                 pending = pending[~fresh]
             lengths[pending] = step  # nothing new to be had: the sequence ends here
-        inside = np.arange(items.shape[1]) < lengths[:, None]
-        times = joined[:, None] + np.arange(items.shape[1])
+        steps = np.arange(items.shape[1])
+        inside = steps < lengths[:, None]
+        times = ((steps + phase[:, None]) * (_YEAR / lengths[:, None])).astype(np.int64)
         return Chunk(lengths, items[inside], times[inside], causes[inside])
 
     def _draw(self, history: NDArray[np.int32], rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -186,4 +188,5 @@ def _lengths(config: SyntheticData, users: int, rng: np.random.Generator) -> Int
         return np.full(users, largest if mean > 0 else 3, dtype=np.int64)
     with np.errstate(divide="ignore"):
         steps = np.floor(np.log(1 - rng.random(users)) / np.log(ratio))
-    return 3 + np.minimum(steps, span).astype(np.int64)
+    lengths: Ints = 3 + np.minimum(steps, span).astype(np.int64)
+    return lengths

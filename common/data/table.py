@@ -69,7 +69,10 @@ def checked(
     DataError
         If no row is good, or if one is bad and `strict`.
     """
-    typed = raw.select("line", *_typed(raw, path, time_format))
+    try:
+        typed = raw.select("line", *_typed(raw, path, time_format))
+    except pl.exceptions.PolarsError as error:  # a Parquet column of lists, say
+        raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
     timed = "time" in raw.columns
     if not timed:
         typed = typed.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("time"))
@@ -86,7 +89,7 @@ def checked(
 
 def _typed(raw: pl.DataFrame, path: Path, time_format: str | None) -> list[pl.Expr]:
     names = [role for role in ("user", "item", "behaviour", "domain") if role in raw.columns]
-    columns = {role: _name(role) for role in names}
+    columns: dict[str, pl.Expr] = {role: _name(role) for role in names}
     if "domain" in columns:
         columns["item"] = pl.concat_str(columns["domain"], columns["item"], separator="/")
     if "rating" in raw.columns:
@@ -104,7 +107,7 @@ def _name(role: str) -> pl.Expr:
 
 
 def _time(raw: pl.DataFrame, path: Path, time_format: str | None) -> pl.Expr:
-    """Times as integers: numbers as they are, dates and fractions in microseconds."""
+    """Read times as integers: numbers as they are, dates and fractions in microseconds."""
     time = pl.col("time")
     if raw["time"].dtype.is_temporal():
         return time.cast(pl.Datetime("us"), strict=False).cast(pl.Int64)
@@ -126,10 +129,4 @@ def _date(raw: pl.DataFrame, path: Path, time_format: str) -> pl.Expr:
     pattern, text = time_format.replace(".%f", "%.f"), pl.col("time").cast(pl.String).str.strip_chars()
     if not _YEAR.search(pattern):
         pattern, text = f"%Y {pattern}", pl.lit("2000 ") + text  # a leap year, so that 29 February exists
-    date = text.str.strptime(pl.Datetime("us"), pattern, strict=False)
-    try:
-        raw.head(1).select(date)
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: time_format {time_format!r} cannot be used: {reason}") from None
-    return date
+    return text.str.strptime(pl.Datetime("us"), pattern, strict=False)

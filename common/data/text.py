@@ -12,6 +12,7 @@ import polars as pl
 
 from common.data.names import unknown
 from common.errors import DataError
+from common.files import explained
 
 
 def decode(path: Path, encoding: str = "utf-8") -> str:
@@ -22,10 +23,8 @@ def decode(path: Path, encoding: str = "utf-8") -> str:
     DataError
         If it cannot be read, is binary, or is encoded otherwise; it names the line.
     """
-    try:
+    with explained(path, DataError):
         raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
     if b"\0" in raw:
         raise DataError(f"{path} is not a text file (packed, binary or UTF-16?)")
     try:
@@ -37,32 +36,33 @@ def decode(path: Path, encoding: str = "utf-8") -> str:
         ) from None
 
 
-def lines(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
-    """Lines of a text file that are not blank, as columns ``line`` (u32) and ``text`` (str)."""
-    text = pl.Series("text", [decode(path, encoding)]).str.split("\n").explode()
-    numbered = text.str.strip_chars_end("\r").to_frame().with_row_index("line", offset=1)
+def lines(text: str) -> pl.DataFrame:
+    """Cut a text into lines that are not blank, as columns ``line`` (u32) and ``text`` (str)."""
+    cut = pl.Series("text", [text]).str.split("\n").explode()
+    numbered = cut.str.strip_chars_end("\r").to_frame().with_row_index("line", offset=1)
     return numbered.filter(pl.col("text").str.contains(r"\S"))
 
 
 def words(path: Path) -> pl.DataFrame:
-    """Lines cut at white space, as columns ``line`` and ``fields`` (list of str)."""
-    return lines(path).select("line", pl.col("text").str.extract_all(r"\S+").alias("fields"))
+    """Cut a file's lines at white space, as columns ``line`` and ``fields`` (list of str)."""
+    return lines(decode(path)).select("line", pl.col("text").str.extract_all(r"\S+").alias("fields"))
 
 
 def records(path: Path, separator: str, *, quoted: bool = False, encoding: str = "utf-8") -> pl.DataFrame:
-    """Lines cut at a separator, as columns ``line`` and ``fields`` (list of str).
+    """Cut a file's lines at a separator, as columns ``line`` and ``fields`` (list of str).
 
     With `quoted` a field may stand in double quotes (RFC 4180) and then hold separators and line ends; ``line`` is the
     record's last one.
     """
-    if quoted and '"' in (text := decode(path, encoding)):
+    text = decode(path, encoding)
+    if quoted and '"' in text:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
         try:
             rows = [(reader.line_num, row) for row in reader if row]
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: {error}") from None
         return pl.DataFrame(rows, schema={"line": pl.UInt32, "fields": pl.List(pl.String)}, orient="row")
-    return lines(path, encoding).select("line", pl.col("text").str.split(separator).alias("fields"))
+    return lines(text).select("line", pl.col("text").str.split(separator).alias("fields"))
 
 
 def headed(path: Path, found: pl.DataFrame) -> tuple[list[str], pl.DataFrame]:

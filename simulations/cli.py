@@ -1,0 +1,228 @@
+"""The command `hushrec`: verbs only. Torch and Flower are imported by the verbs that need them, so help comes at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.exceptions import ClickException
+from rich.console import Console
+
+from common.config import Experiment
+from common.errors import HushrecError, Interrupted, UsageError
+from common.files import json_text
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare, describe and download data sets.")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[Path, typer.Argument(help="An experiment's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Overrides by dotted key, such as [cyan]federation.rounds=50 model.dim=32[/].", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else on stderr.")]
+RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
+
+
+@app.callback()
+def _hushrec() -> None:
+    """Federated, privacy-preserving recommendation: every user is one Flower client.
+
+    Exit codes: 0 done, 1 failed, 2 bad use, configuration or data, 130 stopped and resumable.
+    """
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Argument(help="An experiment's YAML file.", show_default=False)] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; by default runs/NAME-TIME.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with a run directory that was stopped or killed.")] = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Train, validate and test an experiment, or resume one."""
+    if (config is None) == (resume is None):
+        raise UsageError("name an experiment's YAML file, or --resume DIR; one of the two")
+    if resume and out:
+        raise UsageError("--out: a resumed run stays in its own directory; leave it away")
+    from simulations import rundir
+
+    # A resumed run takes overrides only of what may not change its results; the checkpoint's fingerprint sees to that.
+    experiment = _load(config, overrides) if config else rundir.reopen(resume or Path(), overrides or [])
+    folder = resume or rundir.create(experiment, out)
+    result = rundir.result(folder)
+    if result is None:
+        from simulations.runner import run as run_experiment
+
+        try:
+            result = run_experiment(experiment, folder, _talk(as_json, quiet), resume is not None)
+        except Interrupted as stop:
+            _interrupted(str(stop), folder, as_json)
+        except KeyboardInterrupt:
+            _interrupted("stopped at once", folder, as_json)
+    if as_json:
+        _print_json(result)
+    else:
+        from simulations.report import render
+
+        render(Console(), result)
+
+
+@app.command()
+def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the resolved experiment and what it would cost, without training."""
+    from common.loading import dump
+
+    experiment = _load(config, overrides)
+    if not as_json:
+        typer.echo(dump(experiment))
+    from common.data.prepare import describe
+    from simulations.forecast import forecast, render
+
+    kept = describe(experiment.data)["kept"]
+    cost = forecast(experiment, kept["users"], kept["items"], kept["events"] / kept["users"])
+    if as_json:
+        _print_json({"experiment": experiment.model_dump(mode="json"), "forecast": cost})
+    else:
+        Console().print(render(cost))
+
+
+@app.command()
+def validate(config: Config, overrides: Overrides = None) -> None:
+    """Check an experiment's YAML; all faults at once, each with file, line and key."""
+    experiment = _load(config, overrides)
+    typer.echo(f"{config}: a valid experiment, {experiment.name!r}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of an experiment, for editors."""
+    from common.loading import json_schema
+
+    _print_json(json_schema())
+
+
+@app.command()
+def evaluate(
+    folder: RunDir,
+    split: Annotated[str, typer.Option(help="[cyan]validation[/] or [cyan]test[/].")] = "test",
+    ranks: Annotated[Path | None, typer.Option(help="Write user and rank to this CSV file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank every user's held-out item with a finished run's model."""
+    if split not in {"validation", "test"}:
+        raise UsageError(f"--split {split}: must be validation or test")
+    from simulations.inference import evaluate as evaluate_run
+
+    figures = evaluate_run(folder, "validation" if split == "validation" else "test", ranks)
+    if as_json:
+        _print_json(figures)
+    else:
+        from simulations.report import render_evaluation
+
+        render_evaluation(Console(), figures)
+
+
+@app.command()
+def recommend(
+    folder: RunDir,
+    user: Annotated[str | None, typer.Option(help="Somebody in the data.", show_default=False)] = None,
+    history: Annotated[str | None, typer.Option(help="ITEM,ITEM,… in time order, for anybody.", show_default=False)] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, max=1000, help="How many.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend items to a user; what the user had before is left out."""
+    if (user is None) == (history is None):
+        raise UsageError("name --user ID or --history ITEM,ITEM,…; one of the two")
+    from simulations.inference import Trained
+
+    trained = Trained(folder)
+    items = trained.for_user(user, k) if user is not None else trained.for_history(_items(history or ""), k)
+    if as_json:
+        _print_json({"user": user, "items": items})
+    else:
+        from simulations.report import render_items
+
+        render_items(Console(), items)
+
+
+@data_app.command("prepare")
+def data_prepare(config: Config, overrides: Overrides = None) -> None:
+    """Read, filter and split a data set into memory-mapped arrays; reused as long as nothing changes."""
+    from common.data.prepare import prepare
+
+    typer.echo(prepare(_load(config, overrides).data))
+
+
+@data_app.command("describe")
+def data_describe(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Count users, items and events, as read and after the filters."""
+    from common.data.prepare import describe
+
+    facts = describe(_load(config, overrides).data)
+    if as_json:
+        _print_json(facts)
+    else:
+        from simulations.report import render_data
+
+        render_data(Console(), facts)
+
+
+@data_app.command("download")
+def data_download(
+    name: Annotated[str, typer.Argument(help="ml-100k, ml-1m or ml-latest-small.")],
+    to: Annotated[Path | None, typer.Option(help="Folder; by default $HUSHREC_DATA, else ./data.")] = None,
+) -> None:
+    """Fetch a MovieLens data set from its official address, and say under which terms."""
+    from simulations.download import download, licence
+
+    typer.echo(licence(name), err=True)
+    typer.echo(download(name, to or Path(os.environ.get("HUSHREC_DATA") or "data")))
+
+
+def main() -> None:
+    """Entry point: a fault that people can mend is one line and an exit code, never a traceback."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    try:
+        code = app(standalone_mode=False)
+    except HushrecError as fault:
+        for line in str(fault).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        code = fault.exit_code
+    except ClickException as fault:
+        fault.show()
+        code = fault.exit_code
+    except KeyboardInterrupt:
+        code = Interrupted.exit_code
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _load(config: Path, overrides: list[str] | None) -> Experiment:
+    from common.loading import load
+
+    return load(config, overrides or [])
+
+
+def _talk(as_json: bool, quiet: bool) -> Console:
+    return Console(stderr=as_json, quiet=quiet)
+
+
+def _interrupted(why: str, folder: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json({"run_dir": str(folder), "status": "stopped"})
+    raise Interrupted(f"{why}; go on with: hushrec run --resume {folder}")
+
+
+def _items(history: str) -> list[str]:
+    return [item.strip() for item in history.split(",") if item.strip()]
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json_text(value, indent=2))

@@ -1,0 +1,150 @@
+"""Asking a finished run: recommendations for one user, in the data or not, and the ranks behind its figures."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.device import Device
+from client.evaluation import last_hidden, mask_seen, rank, scores
+from common.data.catalogue import Catalogue
+from common.data.prepare import prepare
+from common.data.sequences import Ints, Split
+from common.errors import StateError, UsageError
+from common.files import atomic
+from common.metrics import coverage, long_tail_share, ndcg, summarise, worst_tenth
+from common.models.weights import Weights
+from server.checkpoint import load_model
+from server.rounds import MODEL_FILE
+from simulations import rundir
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, opened to be asked.
+
+    Raises
+    ------
+    StateError
+        On opening, where the run isn't finished, or its data has changed since.
+    """
+
+    folder: Path
+
+    @cached_property
+    def device(self) -> Device:
+        """The run's data; refused where it isn't what the model was trained on."""
+        experiment = rundir.reopen(self.folder)
+        device = Device.open(experiment, prepare(experiment.data))
+        trained_on = rundir.manifest(self.folder)["data"]["digest"]
+        if device.catalogue.digest != trained_on:
+            raise StateError(f"{self.folder}: its data has changed since (was {trained_on}, is {device.catalogue.digest})")
+        return device
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The model that validation chose."""
+        return load_model(self.folder / MODEL_FILE, self.device.experiment, self.device.catalogue.items)
+
+    def for_user(self, user_id: str, k: int) -> list[dict[str, Any]]:
+        """Top k for somebody in the data, from all of their events; items that they had are left out.
+
+        Raises
+        ------
+        DataError
+            Where nobody has this id.
+        """
+        user = np.array([self.device.sequences.index_of(user_id)], dtype=np.int64)
+        stops = self.device.sequences.offsets[user + 1]
+        for _, scored in scores(self.device.experiment, self.weights, self.device.sequences, user, stops):
+            return self._top(mask_seen(scored, self.device.sequences, user, stops)[0], k)
+        raise StateError(f"user {user_id} has no events")
+
+    def for_history(self, item_ids: Sequence[str], k: int) -> list[dict[str, Any]]:
+        """Top k for somebody who is not in the data, from item ids in time order.
+
+        Raises
+        ------
+        DataError
+            Where an item is not in the catalogue.
+        """
+        if not item_ids:
+            raise UsageError("--history: name at least one item, in time order, separated by commas")
+        history = [self.device.catalogue.index_of(item_id) for item_id in item_ids]
+        model = self.device.experiment.model
+        window = torch.tensor([history[-model.max_length :]])
+        with torch.no_grad():
+            hidden = last_hidden(model, self.weights, window, torch.tensor([window.shape[1]]))
+            scored = (hidden @ self.weights.table.T)[0]
+        scored[torch.tensor(history)] = -torch.inf
+        return self._top(scored, k)
+
+    def lists(self, users: Ints, stops: Ints, k: int) -> Ints:
+        """Top k of many users from their events before `stops`, ``(n, k)`` catalogue indices."""
+        best = np.full((len(users), k), -1, dtype=np.int64)
+        for here, scored in scores(self.device.experiment, self.weights, self.device.sequences, users, stops):
+            masked = mask_seen(scored, self.device.sequences, users[here], stops[here])
+            top = masked.topk(min(k, masked.shape[1]))
+            best[here, : top.indices.shape[1]] = torch.where(top.values.isneginf(), -1, top.indices).numpy()
+        return best
+
+    def _top(self, scored: torch.Tensor, k: int) -> list[dict[str, Any]]:
+        best = scored.topk(min(k, len(scored)))
+        catalogue: Catalogue = self.device.catalogue
+        ids, titles, genres = catalogue.item_ids(), catalogue.titles(), catalogue.genres()
+        return [
+            {"item": ids[i], "title": titles[i], "genres": genres[i], "score": round(score, 4)}
+            for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if score > -np.inf
+        ]
+
+
+def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict[str, Any]:
+    """Measure a finished run's model once more, from nothing but its files.
+
+    Parameters
+    ----------
+    folder : Path
+        The run directory.
+    split : str
+        ``validation`` or ``test``.
+    ranks_file : Path, optional
+        CSV to write: each user's id and rank, so that anybody can recompute every metric.
+
+    Returns
+    -------
+    dict
+        ``split``, ``users``, and under ``metrics`` HR, NDCG and MRR with intervals; beyond accuracy
+        ``coverage@10`` (share of the catalogue in anybody's top 10), ``long_tail@10`` (share of the places that go
+        to the 80 % least popular items), ``worst_tenth_ndcg@10`` (mean over the tenth with the shortest histories).
+    """
+    trained = Trained(folder)
+    device, experiment = trained.device, trained.device.experiment
+    users = np.arange(len(device.sequences))
+    full = rank(experiment, trained.weights, device.sequences, users, split).full
+    held = np.flatnonzero(np.isfinite(full))
+    if ranks_file:
+        ids = device.sequences.user_ids()
+        with atomic(ranks_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["user", "rank"])
+            writer.writerows([ids[user], f"{full[user]:g}"] for user in held)
+    stops, _ = device.sequences.stops(held, split)
+    lists = trained.lists(held, stops, 10)
+    train_items, _ = device.sequences.events(users, device.sequences.stops(users, "train")[0])
+    popularity = np.bincount(train_items, minlength=device.catalogue.items)
+    cutoffs = sorted({10, *experiment.evaluation.cutoffs})
+    return {
+        "run_dir": str(folder),
+        "split": split,
+        "users": len(held),
+        "metrics": {n: e._asdict() for n, e in summarise(full, cutoffs, seed=experiment.seed).items()},
+        "coverage@10": coverage(lists, device.catalogue.items),
+        "long_tail@10": long_tail_share(lists, popularity),
+        "worst_tenth_ndcg@10": worst_tenth(ndcg(full[held], 10), stops - device.sequences.offsets[held]),
+    }

@@ -1,0 +1,130 @@
+"""A whole run on this machine: data, clients, server, baselines, result."""
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from client.device import Device
+from common.config import Experiment
+from common.data.prepare import prepare
+from common.files import write_json
+from common.metrics import Estimate, summarise
+from server.journal import read
+from server.rounds import Outcome, serve
+from simulations import rundir
+from simulations.baselines import baseline_ranks
+from simulations.grid import InProcessGrid
+from simulations.progress import watching
+
+
+def run(experiment: Experiment, folder: Path, console: Console, resume: bool = False) -> dict[str, Any]:
+    """Run an experiment into its run directory.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to run.
+    folder : Path
+        Its run directory, from `rundir.create` or of an earlier run.
+    console : Console
+        Where progress goes.
+    resume : bool
+        Go on from the directory's checkpoint.
+
+    Returns
+    -------
+    dict
+        The result as in `result.json`.
+
+    Raises
+    ------
+    Interrupted
+        Where the user stopped the run; it can be resumed.
+    HushrecError
+        Where data, checkpoint or disk do not allow it.
+    """
+    if experiment.runtime.threads:
+        torch.set_num_threads(experiment.runtime.threads)
+    with rundir.locked(folder):
+        began = time.perf_counter()
+        data = prepare(experiment.data)
+        device = Device.open(experiment, data)
+        if not resume:
+            rundir.write_manifest(folder, experiment, data)
+        grid = InProcessGrid(device, experiment.runtime.engine)
+        done = max((line["round"] for line in read(folder)), default=0) if resume else 0
+        with watching(console, experiment.federation.rounds, done) as observe, _stoppable(console) as stopping:
+            outcome = serve(grid, experiment, folder, observe, resume=resume, stopping=stopping)
+        result = _result(experiment, folder, device, outcome, time.perf_counter() - began)
+        write_json(folder / rundir.RESULT, result)
+    return result
+
+
+def _result(
+    experiment: Experiment, folder: Path, device: Device, outcome: Outcome, seconds: float
+) -> dict[str, Any]:
+    evaluation = experiment.evaluation
+    cutoffs = sorted({10, *evaluation.cutoffs})
+
+    def figures(ranks: np.ndarray[Any, np.dtype[np.float64]], suffix: str = "") -> dict[str, dict[str, float]]:
+        estimates = summarise(ranks, cutoffs, evaluation.resamples, experiment.seed)
+        return {name + suffix: Estimate._asdict(figure) for name, figure in estimates.items()}
+
+    full, sampled = outcome.test
+    test = figures(full) | (figures(sampled, f"|s{evaluation.sampled}") if evaluation.sampled else {})
+    ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items)
+    trained = [line for line in read(folder) if line["kind"] == "train"]
+    return {
+        "run_dir": str(folder),
+        "status": "done",
+        "rounds": outcome.rounds,
+        "best_round": outcome.best_round,
+        "users": len(device.sequences),
+        "items": device.catalogue.items,
+        "users_tested": int(np.isfinite(full).sum()),
+        "test": test,
+        "baselines": {name: figures(baseline) for name, baseline in ranks.items()},
+        "seconds": seconds,
+        "clients_per_second": _ratio(sum(r["clients"] for r in trained), sum(r["seconds"] for r in trained)),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024),
+        "bytes_up_per_client": _ratio(sum(r.get("bytes_up_per_client", 0) for r in trained), len(trained)),
+        "bytes_down_per_client": outcome.bytes_down,
+    }
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else 0.0
+
+
+@contextmanager
+def _stoppable(console: Console) -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C, or a polite kill, end the run after the round that is under way; a second one ends it at once.
+
+    Either way nothing is lost: what the last checkpoint holds can be resumed, and the rounds since are run again.
+    """
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        os.write(2, b"\nstopping after this round (once more: at once)\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
