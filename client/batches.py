@@ -38,7 +38,8 @@ def local_steps(local: LocalConfig, histories: Ints, longest: int) -> Ints:
     """Number of local steps of each user: `steps`, or `epochs` times its number of disjoint windows, ``(C,)``."""
     if local.epochs is None:
         return np.full_like(histories, local.steps or 1)
-    return local.epochs * np.maximum(1, -(-(histories - 1) // longest))
+    passes: Ints = np.maximum(1, -(-(histories - 1) // longest))
+    return local.epochs * passes
 
 
 def window_stops(
@@ -47,7 +48,9 @@ def window_stops(
     """Where each step's window ends, ``(C, S)``, S being the largest number of steps in this company."""
     step = np.arange(steps.max(initial=1))[None, :]  # (1, S)
     if local.epochs is not None:  # disjoint windows from the end backwards, so each event is a target once a pass
-        return stops[:, None] - step % np.maximum(1, -(-(histories - 1) // longest))[:, None] * longest
+        pieces: Ints = np.maximum(1, -(-(histories - 1) // longest))
+        ends: Ints = stops[:, None] - step % pieces[:, None] * longest
+        return ends
     if local.window == "last":
         return np.repeat(stops[:, None], step.shape[1], axis=1)
     slack = np.maximum(0, histories - (longest + 1))[:, None]

@@ -1,13 +1,14 @@
 """Messages in, replies out, for any number of users at once; the one place where client code meets Flower."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Error, Message, MetricRecord, MetricRecordValues, RecordDict
 
 from client.device import Device
 from client.evaluation import rank
 from client.training import Update, train
+from common.data.sequences import Split
 from common.wire import METRICS, MODEL, REFUSED, ROUND, UPDATE, arrays, unpack
 
 Handler = Callable[[Sequence[Message], Sequence[int], Device], list[Message]]
@@ -34,7 +35,8 @@ def handle_train(messages: Sequence[Message], users: Sequence[int], device: Devi
     asked, replies = _admit(messages, users, device)
     if asked:
         first = messages[asked[0]].content
-        weights, round_ = unpack(first[MODEL]), int(first[ROUND]["round"])
+        weights = unpack(first.array_records[MODEL])
+        round_ = int(str(first.config_records[ROUND]["round"]))
         place = {users[i]: i for i in asked}
         cohort = np.array(list(place), dtype=np.int64)
         for update in train(device.experiment, weights, device.sequences, cohort, round_):
@@ -49,7 +51,9 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
     if asked:
         first = messages[asked[0]].content
         cohort = np.array([users[i] for i in asked], dtype=np.int64)
-        ranking = rank(device.experiment, unpack(first[MODEL]), device.sequences, cohort, str(first[ROUND]["split"]))
+        weights = unpack(first.array_records[MODEL])
+        split: Split = "test" if first.config_records[ROUND]["split"] == "test" else "validation"
+        ranking = rank(device.experiment, weights, device.sequences, cohort, split)
         for i, user, full, sampled in zip(asked, cohort, ranking.full, ranking.sampled, strict=True):
             values = {"rank": float(full), "rank_sampled": float(sampled)}
             held_out = {name: value for name, value in values.items() if not np.isnan(value)}
@@ -67,16 +71,14 @@ HANDLERS: dict[str, Handler] = {"train": handle_train, "evaluate": handle_evalua
 """Handler by Flower's message type."""
 
 
-def _admit(
-    messages: Sequence[Message], users: Sequence[int], device: Device
-) -> tuple[list[int], list[Message | None]]:
+def _admit(messages: Sequence[Message], users: Sequence[int], device: Device) -> tuple[list[int], list[Message | None]]:
     """Positions of the messages that may be served; the others get an error reply at once."""
     replies: list[Message | None] = [None] * len(messages)
     known, asked = device.fingerprint, []
     for i, (message, user) in enumerate(zip(messages, users, strict=True)):
-        told: ConfigRecord = message.content[ROUND]
-        if told["experiment"] != known:
-            replies[i] = _refusal(message, f"experiment {told['experiment']} is not the one that runs here ({known})")
+        told = message.content.config_records[ROUND]["experiment"]
+        if told != known:
+            replies[i] = _refusal(message, f"experiment {told!r} is not the one that runs here ({known!r})")
         elif not 0 <= user < len(device.sequences):
             replies[i] = _refusal(message, f"user {user} does not live here")
         else:
@@ -96,15 +98,17 @@ def _update_reply(message: Message, update: Update) -> Message:
     if not update.finite:
         return _refusal(message, "training gave numbers that are not finite")
     rows = {} if update.rows is None else {"rows": update.rows}
-    content = RecordDict({
-        UPDATE: arrays(table=table.numpy(), body=body.numpy(), **rows),
-        METRICS: MetricRecord({"user": update.user, "events": update.events, "loss": update.loss}),
-    })
+    content = RecordDict(
+        {
+            UPDATE: arrays(table=table.numpy(), body=body.numpy(), **rows),
+            METRICS: MetricRecord({"user": update.user, "events": update.events, "loss": update.loss}),
+        }
+    )
     return Message(content, reply_to=message)
 
 
-def _metrics_reply(message: Message, values: dict[str, int | float]) -> Message:
-    return Message(RecordDict({METRICS: MetricRecord(values)}), reply_to=message)
+def _metrics_reply(message: Message, values: Mapping[str, MetricRecordValues]) -> Message:
+    return Message(RecordDict({METRICS: MetricRecord({**values})}), reply_to=message)
 
 
 def _refusal(message: Message, reason: str) -> Message:

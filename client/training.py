@@ -59,9 +59,7 @@ def shared_negatives(loss: LossConfig, seed: int, round_: int, catalogue: int) -
     return np.sort(rng.choice(catalogue, min(wanted, catalogue), replace=False)).astype(np.int64)
 
 
-def train(
-    experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int
-) -> Iterator[Update]:
+def train(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int) -> Iterator[Update]:
     """Train a cohort from the same global weights and yield each user's update.
 
     Parameters
@@ -158,9 +156,7 @@ def _loss(experiment: Experiment, stacked: Weights, loss: Loss, problem: _Proble
     mask = torch.from_numpy(np.arange(1, w + 1) < lengths[:, step, None])  # (C, W)
     masks = None
     if model.dropout:
-        bits = uniform_bits(
-            experiment.seed, f"dropout-{step}", round_, users, dropout_sites(model) * w * model.dim
-        )
+        bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, users, dropout_sites(model) * w * model.dim)
         masks = torch.from_numpy(keep_mask(bits, model.dropout)).view(c, -1, w, model.dim)
     hidden = encode(model, named(model, stacked.body), _gather(stacked.table, index[:, :-1]), masks)  # (C, W, D)
     if experiment.loss.kind == "softmax":

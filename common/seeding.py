@@ -60,9 +60,7 @@ def uniform_bits(seed: int, purpose: str, round: int, users: ArrayLike, n: int) 
     return words.view("<u2")[:, :n]
 
 
-def uniform_integers(  # noqa: PLR0917 - the key, then what to draw
-    seed: int, purpose: str, round: int, users: ArrayLike, n: int, high: int
-) -> NDArray[np.int64]:
+def uniform_integers(seed: int, purpose: str, round: int, users: ArrayLike, n: int, high: int) -> NDArray[np.int64]:
     """Uniform integers from 0 to `high` - 1, `n` for each user.
 
     Parameters

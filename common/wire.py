@@ -14,7 +14,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, MetricRecord
 from numpy.typing import NDArray
 
 from common.models.weights import Weights
@@ -80,6 +80,28 @@ def unpack(record: ArrayRecord) -> Weights:
 def _writable(values: NDArray[np.generic]) -> NDArray[np.generic]:
     """Torch warns of read-only memory, such as a message's; copy only that."""
     return values if values.flags.writeable else values.copy()
+
+
+def number(metrics: MetricRecord, name: str) -> float:
+    """One number of a metrics record; replies come from strangers, who may send a list or nothing.
+
+    Raises
+    ------
+    KeyError, TypeError
+        Where it is missing or no number.
+    """
+    value = metrics[name]
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is not a number")
+    return value
+
+
+def whole_number(metrics: MetricRecord, name: str) -> int:
+    """One whole number of a metrics record; errors as in `number`."""
+    value = number(metrics, name)
+    if not isinstance(value, int):
+        raise TypeError(f"{name} is not a whole number")
+    return value
 
 
 def payload_bytes(record: ArrayRecord) -> int:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from common.config import FederationConfig
 from common.models.weights import Weights
-from common.wire import METRICS, UPDATE
+from common.wire import METRICS, UPDATE, number, whole_number
+from server.roster import Roster
 
 
 class Reply(NamedTuple):
@@ -24,12 +25,17 @@ class Reply(NamedTuple):
     body: NDArray[np.float32]
     rows: NDArray[np.int32] | None
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of its arrays."""
+        return self.table.nbytes + self.body.nbytes + (0 if self.rows is None else self.rows.nbytes)
+
 
 class Rejected(Exception):  # noqa: N818 - a verdict on one reply, never raised further
     """A reply that must not enter the sum, and why."""
 
 
-def check(message: Message, weights: Weights) -> Reply:
+def check(message: Message, weights: Weights, roster: Roster) -> Reply:
     """Read one reply and hold it against the global weights.
 
     Parameters
@@ -38,33 +44,45 @@ def check(message: Message, weights: Weights) -> Reply:
         A train reply.
     weights : Weights
         The global weights; shapes and catalogue size come from them.
+    roster : Roster
+        Who lives where.
 
     Raises
     ------
     Rejected
-        Where the client refused, or where a tensor is missing, misshapen, of a wrong type or not finite.
+        Where the client refused or speaks for a user of another node, or where a tensor is missing, misshapen, of a
+        wrong type or not finite.
     """
     if message.has_error():
         raise Rejected(f"refused: {message.error.reason or 'no reason given'}")
     try:
-        arrays, metrics = message.content[UPDATE], message.content[METRICS]
-        table, body = arrays["table"].numpy(), arrays["body"].numpy()
-        rows = arrays["rows"].numpy() if "rows" in arrays else None
-        reply = Reply(int(metrics["user"]), int(metrics["events"]), float(metrics["loss"]), table, body, rows)
-    except (KeyError, TypeError, ValueError) as fault:
+        reply = _read(message)
+    except (KeyError, TypeError, ValueError, EOFError) as fault:
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
+    if not roster.hosts(message.metadata.src_node_id, reply.user):
+        raise Rejected("speaks for a user of another node")
     items, dim = weights.table.shape
-    if table.dtype != np.float32 or body.dtype != np.float32:
+    if reply.table.dtype != np.float32 or reply.body.dtype != np.float32:
         raise Rejected("wrong dtype")
-    if body.shape != tuple(weights.body.shape) or table.shape != (items if rows is None else len(rows), dim):
-        raise Rejected("wrong shape")
-    if rows is not None and not _valid_rows(rows, items):
+    if reply.rows is not None and not _valid_rows(reply.rows, items):
         raise Rejected("item rows outside the catalogue or repeated")
+    rows = items if reply.rows is None else len(reply.rows)
+    if reply.body.shape != tuple(weights.body.shape) or reply.table.shape != (rows, dim):
+        raise Rejected("wrong shape")
     if reply.events < 0 or not np.isfinite(reply.loss):
         raise Rejected("impossible event count or loss")
-    if not np.isfinite(body.sum() + table.sum()):  # a sum meets every number and keeps what is not finite
+    if not np.isfinite(reply.body.sum() + reply.table.sum()):  # a sum meets every number, and keeps what isn't finite
         raise Rejected("not finite")
     return reply
+
+
+def _read(message: Message) -> Reply:
+    arrays, metrics = message.content.array_records[UPDATE], message.content.metric_records[METRICS]
+    table, body = arrays["table"].numpy(), arrays["body"].numpy()
+    rows = arrays["rows"].numpy() if "rows" in arrays else None
+    return Reply(
+        whole_number(metrics, "user"), whole_number(metrics, "events"), number(metrics, "loss"), table, body, rows
+    )
 
 
 def _valid_rows(rows: NDArray[np.int32], items: int) -> bool:
@@ -73,13 +91,13 @@ def _valid_rows(rows: NDArray[np.int32], items: int) -> bool:
     return len(rows) == 0 or (rows.min() >= 0 and rows.max() < items and len(np.unique(rows)) == len(rows))
 
 
-def admit(replies: Iterable[Message], weights: Weights) -> tuple[list[Reply], Counter[str]]:
+def admit(replies: Iterable[Message], weights: Weights, roster: Roster) -> tuple[list[Reply], Counter[str]]:
     """Checked replies in the order of their users, and how many were left out for each reason."""
     good: dict[int, Reply] = {}
     rejected: Counter[str] = Counter()
     for message in replies:
         try:
-            reply = check(message, weights)
+            reply = check(message, weights, roster)
             if reply.user in good:
                 raise Rejected("second reply of one user")
             good[reply.user] = reply
@@ -104,13 +122,16 @@ def weighted_sum(replies: list[Reply], importance: NDArray[np.float32], weights:
     scale = torch.from_numpy(importance)
     body = scale @ torch.from_numpy(np.stack([reply.body for reply in replies]))  # (P,)
     table = torch.zeros_like(weights.table)
-    sparse = [i for i, reply in enumerate(replies) if reply.rows is not None]
+    sparse = [
+        (reply.rows, reply.table, float(w))
+        for reply, w in zip(replies, importance, strict=True)
+        if reply.rows is not None
+    ]
     if sparse:
-        rows = np.concatenate([replies[i].rows for i in sparse])  # type: ignore[misc]
-        values = torch.from_numpy(np.concatenate([replies[i].table for i in sparse]))
-        counts = torch.tensor([len(replies[i].table) for i in sparse])
-        values.mul_(scale[sparse].repeat_interleave(counts).unsqueeze(1))
-        table.index_add_(0, torch.from_numpy(rows).long(), values)
+        rows, values, scales = zip(*sparse, strict=True)
+        each = torch.tensor(scales).repeat_interleave(torch.tensor([len(part) for part in rows]))
+        flat = torch.from_numpy(np.concatenate(values)).mul_(each.unsqueeze(1))
+        table.index_add_(0, torch.from_numpy(np.concatenate(rows)).long(), flat)
     for i, reply in enumerate(replies):
         if reply.rows is None:
             table.add_(torch.from_numpy(reply.table), alpha=float(importance[i]))

@@ -7,6 +7,7 @@ the seed and the round, so no generator's state is stored.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -133,7 +134,7 @@ def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, object]) -> 
         raise StateError(f"{path}: cannot be written ({fault}); free some space or choose another folder") from fault
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with explained(path):
         path.open("rb").close()
     try:

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from common.errors import StateError
-from common.wire import METRICS, ROUND
+from common.wire import METRICS, ROUND, whole_number
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Roster:
     def node_of(self, user: int) -> int:
         """Node that hosts a user."""
         return self.nodes[user]
+
+    def hosts(self, node: int, user: int) -> bool:
+        """Whether a user lives on a node; nobody may speak for another."""
+        return 0 <= user < self.population and self.nodes[user] == node
 
     @classmethod
     def discover(cls, grid: Grid, fingerprint: str, wait: float = 60.0) -> "Roster":
@@ -57,16 +61,19 @@ class Roster:
         replies = list(grid.send_and_receive([Message(content, node, "query") for node in asked], timeout=600))
         failed = [reply for reply in replies if reply.has_error()]
         if failed:
-            raise StateError(f"{len(failed)} of {len(asked)} nodes could not say who lives there: {failed[0].error.reason}")
-        answers = {int(r.content[METRICS]["user"]): (r.metadata.src_node_id, int(r.content[METRICS]["items"])) for r in replies}
-        catalogues = sorted({items for _, items in answers.values()})
+            raise StateError(
+                f"{len(failed)} of {len(asked)} nodes could not say who lives there: {failed[0].error.reason}"
+            )
+        said = [(reply.content.metric_records[METRICS], reply.metadata.src_node_id) for reply in replies]
+        answers = {whole_number(facts, "user"): node for facts, node in said}
+        catalogues = sorted({whole_number(facts, "items") for facts, _ in said})
         if len(catalogues) != 1:
             raise StateError(f"the nodes do not agree on one catalogue; sizes found: {catalogues}")
         if isinstance(nodes, range):
             return cls(nodes, catalogues[0])
         if sorted(answers) != list(range(len(replies))):
             raise StateError(f"{len(replies)} nodes answered with users {min(answers)} … {max(answers)}, not one each")
-        return cls([answers[user][0] for user in range(len(answers))], catalogues[0])
+        return cls([answers[user] for user in range(len(answers))], catalogues[0])
 
 
 def _settled(grid: Grid, wait: float) -> Sequence[int]:

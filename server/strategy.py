@@ -5,9 +5,10 @@ It reads like the algorithm: `configure_train` is what the server says, `aggrega
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from common.config import Experiment, experiment_hash
 from common.metrics import point
 from common.models.weights import Weights
-from common.wire import METRICS, MODEL, ROUND, pack, payload_bytes
+from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, whole_number
 from server.aggregation import admit, weigh, weighted_sum
 from server.optimizers import ServerOptimizer, mean_of
 from server.roster import Roster, messages
@@ -59,15 +60,14 @@ class FederatedRanking(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step along the mean of the updates that pass the check; with none, the model stays as it is."""
-        good, rejected = admit(replies, self.weights)
+        good, rejected = admit(replies, self.weights, self.roster)
         self.rejections = dict(rejected)
         importance = weigh(good, self.experiment.federation)
-        metrics: dict[str, int | float] = {"clients": len(good), "rejected": sum(rejected.values())}
+        metrics: dict[str, MetricRecordValues] = {"clients": len(good), "rejected": sum(rejected.values())}
         if importance.sum() > 0:
             self.optimizer.step(mean_of(weighted_sum(good, importance, self.weights), float(importance.sum())))
             metrics["loss"] = float(np.average([reply.loss for reply in good], weights=importance))
-            up = [reply.table.nbytes + reply.body.nbytes + (0 if reply.rows is None else reply.rows.nbytes) for reply in good]
-            metrics["bytes_up_per_client"] = float(np.mean(up))
+            metrics["bytes_up_per_client"] = float(np.mean([reply.bytes for reply in good]))
         return self.arrays(), MetricRecord(metrics)
 
     def configure_evaluate(
@@ -81,7 +81,7 @@ class FederatedRanking(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Global ranking quality."""
         ranks = self.ranks(replies)
-        return MetricRecord(self.quality(ranks)) if np.isfinite(ranks[0]).any() else None
+        return MetricRecord({**self.quality(ranks)}) if np.isfinite(ranks[0]).any() else None
 
     def ranks(self, replies: Iterable[Message]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Full and sampled rank by user, ``(N,)`` each; NaN where a user did not or could not rank.
@@ -90,12 +90,14 @@ class FederatedRanking(Strategy):
         """
         full, sampled = (np.full(self.roster.population, np.nan) for _ in range(2))
         for reply in replies:
-            if reply.has_error() or METRICS not in reply.content:
+            if reply.has_error():
                 continue
-            said = reply.content[METRICS]
-            user, rank = said.get("user", -1), said.get("rank", np.nan)
-            if isinstance(user, int) and 0 <= user < len(full) and 1 <= rank <= self.roster.items:
-                full[user], sampled[user] = rank, said.get("rank_sampled", np.nan)
+            with suppress(KeyError, TypeError):  # what is no number is no rank
+                said = reply.content.metric_records[METRICS]
+                user, rank = whole_number(said, "user"), number(said, "rank")
+                if self.roster.hosts(reply.metadata.src_node_id, user) and 1 <= rank <= self.roster.items:
+                    full[user] = rank
+                    sampled[user] = number(said, "rank_sampled")
         return full, sampled
 
     def quality(self, ranks: tuple[NDArray[np.float64], NDArray[np.float64]]) -> dict[str, float]:

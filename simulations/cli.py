@@ -1,4 +1,4 @@
-"""The command `hushrec`: verbs only. Torch and Flower are imported by the verbs that need them, so help comes at once."""
+"""The command `hushrec`: verbs only. Torch and Flower are imported by the verbs that need them: help comes at once."""
 
 import os
 import sys
@@ -20,7 +20,9 @@ app.add_typer(data_app, name="data")
 Config = Annotated[Path, typer.Argument(help="An experiment's YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Overrides by dotted key, such as [cyan]federation.rounds=50 model.dim=32[/].", show_default=False),
+    typer.Argument(
+        help="Overrides by dotted key, such as [cyan]federation.rounds=50 model.dim=32[/].", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else on stderr.")]
 RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
@@ -53,8 +55,8 @@ def run(
     # A resumed run takes overrides only of what may not change its results; the checkpoint's fingerprint sees to that.
     experiment = _load(config, overrides) if config else rundir.reopen(resume or Path(), overrides or [])
     folder = resume or rundir.create(experiment, out)
-    result = rundir.result(folder)
-    if result is None:
+    result = rundir.result(folder) or {}
+    if not result:
         from simulations.runner import run as run_experiment
 
         try:
@@ -130,7 +132,9 @@ def evaluate(
 def recommend(
     folder: RunDir,
     user: Annotated[str | None, typer.Option(help="Somebody in the data.", show_default=False)] = None,
-    history: Annotated[str | None, typer.Option(help="ITEM,ITEM,… in time order, for anybody.", show_default=False)] = None,
+    history: Annotated[
+        str | None, typer.Option(help="ITEM,ITEM,… in time order, for anybody.", show_default=False)
+    ] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, max=1000, help="How many.")] = 10,
     as_json: AsJson = False,
 ) -> None:

@@ -9,7 +9,7 @@ Flower keeps some of what a Grid needs to itself; the private names that we touc
 
 from collections.abc import Callable, Iterable, Sequence
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -114,7 +114,7 @@ class InProcessGrid(Grid):
 
     def _context(self, node: int) -> Context:
         if node not in self._contexts:
-            config = {PARTITION: node - FIRST_NODE, "data-path": str(self._device.catalogue.folder)}
-            run_config = {"experiment": self._device.experiment.model_dump_json(), "overrides": ""}
+            config: UserConfig = {PARTITION: node - FIRST_NODE, "data-path": str(self._device.catalogue.folder)}
+            run_config: UserConfig = {"experiment": self._device.experiment.model_dump_json(), "overrides": ""}
             self._contexts[node] = Context(self._run.run_id, node, config, RecordDict(), run_config)
         return self._contexts[node]

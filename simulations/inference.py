@@ -43,7 +43,9 @@ class Trained:
         device = Device.open(experiment, prepare(experiment.data))
         trained_on = rundir.manifest(self.folder)["data"]["digest"]
         if device.catalogue.digest != trained_on:
-            raise StateError(f"{self.folder}: its data has changed since (was {trained_on}, is {device.catalogue.digest})")
+            raise StateError(
+                f"{self.folder}: its data has changed since (was {trained_on}, is {device.catalogue.digest})"
+            )
         return device
 
     @cached_property

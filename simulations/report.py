@@ -29,7 +29,8 @@ def render(console: Console, result: dict[str, Any]) -> None:
     console.print(
         "HR@10: share of users whose next item is among the first ten. NDCG@10: the same, worth more the higher it\n"
         "stands. MRR: mean of 1/rank. In brackets the 95 % interval over users.",
-        style="dim", highlight=False,
+        style="dim",
+        highlight=False,
     )
     ceiling = result["baselines"].get("ceiling")
     if ceiling and ceiling["hr@10"]["value"]:
@@ -38,9 +39,10 @@ def render(console: Console, result: dict[str, Any]) -> None:
     console.print(
         f"{result['users']:,} users, one client each; {result['rounds']} rounds, validation chose round "
         f"{result['best_round']}; {result['seconds']:.0f} s, {result['clients_per_second']:,.0f} clients/s, "
-        f"{result['peak_rss_mb']:,.0f} MB at most;\na client received {_size(result['bytes_down_per_client'])} and sent "
-        f"{_size(result['bytes_up_per_client'])} a round. All files: {result['run_dir']}",
-        highlight=False, soft_wrap=True,
+        f"{result['peak_rss_mb']:,.0f} MB at most;\na client received {_size(result['bytes_down_per_client'])} "
+        f"and sent {_size(result['bytes_up_per_client'])} a round. All files: {result['run_dir']}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -66,7 +68,9 @@ def _size(count: float) -> str:
 
 def render_evaluation(console: Console, figures: dict[str, Any]) -> None:
     """Print what `hushrec evaluate` found."""
-    table = Table(title=f"{figures['split'].capitalize()}: {figures['users']:,} users, full ranking", title_justify="left")
+    table = Table(
+        title=f"{figures['split'].capitalize()}: {figures['users']:,} users, full ranking", title_justify="left"
+    )
     table.add_column("metric")
     table.add_column("value (95 % interval)", justify="right")
     for name, figure in figures["metrics"].items():

@@ -148,8 +148,11 @@ def _commit() -> str | None:
         return None
     try:
         described = subprocess.run(
-            ["git", "-C", str(home), "describe", "--always", "--abbrev=40", "--dirty=+"],  # noqa: S607
-            capture_output=True, text=True, check=True, timeout=10,
+            ["git", "-C", str(home), "describe", "--always", "--abbrev=40", "--dirty=+"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
         return None

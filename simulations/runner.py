@@ -71,9 +71,7 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
     return result
 
 
-def _result(
-    experiment: Experiment, folder: Path, device: Device, outcome: Outcome, seconds: float
-) -> dict[str, Any]:
+def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outcome, seconds: float) -> dict[str, Any]:
     evaluation = experiment.evaluation
     cutoffs = sorted({10, *evaluation.cutoffs})
 
@@ -97,7 +95,8 @@ def _result(
         "baselines": {name: figures(baseline) for name, baseline in ranks.items()},
         "seconds": seconds,
         "clients_per_second": _ratio(sum(r["clients"] for r in trained), sum(r["seconds"] for r in trained)),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024),
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (2**20 if sys.platform == "darwin" else 1024),
         "bytes_up_per_client": _ratio(sum(r.get("bytes_up_per_client", 0) for r in trained), len(trained)),
         "bytes_down_per_client": outcome.bytes_down,
     }

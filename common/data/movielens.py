@@ -90,7 +90,9 @@ def _about(beside: dict[str, Path]) -> pl.DataFrame | None:
 
 def _flags(titles: Path, genres: Path | None) -> pl.DataFrame:
     """Titles with a 0/1 flag per genre in the last fields, the genres' names in a file of ``name|number`` lines."""
-    names = [] if genres is None else [row[0] for row in text.records(genres, "|", encoding="latin-1")["fields"].to_list()]
+    names = (
+        [] if genres is None else [row[0] for row in text.records(genres, "|", encoding="latin-1")["fields"].to_list()]
+    )
     rows = []
     for fields in text.records(titles, "|", encoding="latin-1")["fields"].to_list():
         if len(fields) >= 2 + len(names):

@@ -53,7 +53,7 @@ def named(config: ModelConfig, body: Tensor) -> dict[str, Tensor]:
         so the backward pass is one concatenation rather than one dense scatter per parameter.
     """
     shapes = body_shapes(config)
-    parts = body.split([prod(shape) for shape in shapes.values()], dim=-1)
+    parts = torch.split(body, [prod(shape) for shape in shapes.values()], dim=-1)
     return {
         name: part.reshape(*body.shape[:-1], *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }

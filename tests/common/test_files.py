@@ -49,7 +49,7 @@ def test_the_file_appears_only_when_it_is_whole(tmp_path):
 def test_whatever_is_raised_leaves_the_old_file_and_no_temporary(tmp_path, fault):
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(fault), atomic(path) as temporary:  # noqa: PT012 - half a file, then a fault
+    with pytest.raises(fault), atomic(path) as temporary:
         temporary.write_text("half")
         raise fault
     assert path.read_text() == "old"

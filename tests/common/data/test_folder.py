@@ -34,9 +34,8 @@ def test_a_failed_draft_leaves_nothing(tmp_path):
 
 def test_the_other_process_was_faster(tmp_path):
     target = tmp_path / "data"
-    with disk.being_made(target):
-        with disk.being_made(target) as other:
-            (other / "f").write_text("other")
+    with disk.being_made(target), disk.being_made(target) as other:
+        (other / "f").write_text("other")
     assert (target / "f").read_text() == "other"
 
 
