@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import LocalConfig
+from common.config import Experiment, LocalConfig
 from common.data.sequences import Sequences
 from common.seeding import uniform_integers
 
@@ -34,63 +34,63 @@ def bucket_widths(longest: int) -> Ints:
     return np.append(widths[widths < 0.8 * longest], longest).astype(np.int64)
 
 
+def pieces(histories: Ints, longest: int) -> Ints:
+    """Number of disjoint windows that a history is cut into, so that each event but the first is a target once."""
+    count: Ints = np.maximum(1, -(-(histories - 1) // longest))
+    return count
+
+
 def local_steps(local: LocalConfig, histories: Ints, longest: int) -> Ints:
-    """Number of local steps of each user: `steps`, or `epochs` times its number of disjoint windows, ``(C,)``."""
+    """Number of local steps of each user: `steps`, or `epochs` times its number of windows; ``(C,)``."""
     if local.epochs is None:
         return np.full_like(histories, local.steps or 1)
-    passes: Ints = np.maximum(1, -(-(histories - 1) // longest))
-    return local.epochs * passes
+    return local.epochs * pieces(histories, longest)
 
 
-def window_stops(
-    local: LocalConfig, longest: int, stops: Ints, histories: Ints, steps: Ints, seed: int, round_: int, users: Ints
-) -> Ints:
+def window_stops(experiment: Experiment, users: Ints, stops: Ints, histories: Ints, steps: Ints, round_: int) -> Ints:
     """Where each step's window ends, ``(C, S)``, S being the largest number of steps in this company."""
+    local, longest = experiment.federation.local, experiment.model.max_length
     step = np.arange(steps.max(initial=1))[None, :]  # (1, S)
-    if local.epochs is not None:  # disjoint windows from the end backwards, so each event is a target once a pass
-        pieces: Ints = np.maximum(1, -(-(histories - 1) // longest))
-        ends: Ints = stops[:, None] - step % pieces[:, None] * longest
-        return ends
-    if local.window == "last":
-        return np.repeat(stops[:, None], step.shape[1], axis=1)
-    slack = np.maximum(0, histories - (longest + 1))[:, None]
-    draws = uniform_integers(seed, "window", round_, users, step.shape[1], 2**31)
-    return stops[:, None] - draws * (slack + 1) // 2**31
+    back: Ints = np.zeros((len(users), step.shape[1]), dtype=np.int64)  # events left away at the end, (C, S)
+    if local.epochs is not None:
+        back = step % pieces(histories, longest)[:, None] * longest
+    elif local.window == "random":
+        slack = np.maximum(0, histories - (longest + 1))[:, None]
+        draws = uniform_integers(experiment.seed, "window", round_, users, step.shape[1], 2**31)
+        back = draws * (slack + 1) // 2**31
+    return stops[:, None] - back
 
 
-def windows(
-    sequences: Sequences, users: Ints, local: LocalConfig, longest: int, seed: int, round_: int
-) -> Iterator[tuple[Ints, Windows]]:
+def windows(experiment: Experiment, sequences: Sequences, users: Ints, round_: int) -> Iterator[Windows]:
     """Windows of a cohort, one bucket of equal width at a time.
 
     Parameters
     ----------
+    experiment : Experiment
+        Steps or epochs, which window, the model's longest history; with `round_` and each user, the key of draws.
     sequences : Sequences
         The histories; only those of `users` are read.
     users : ndarray
         ``(C,)`` int64.
-    local : LocalConfig
-        Steps or epochs, and which window.
-    longest : int
-        The model's longest history.
-    seed, round_ : int
-        Key of the random windows, together with each user.
+    round_ : int
+        The round, from 1.
 
     Yields
     ------
-    tuple
-        Positions in `users` of this bucket's users, and their `Windows`.
+    Windows
+        Of the users of one bucket.
     """
+    longest = experiment.model.max_length
     stops, _ = sequences.stops(users, "train")
     histories = stops - sequences.offsets[users]
-    steps = local_steps(local, histories, longest)
+    steps = local_steps(experiment.federation.local, histories, longest)
     widths = bucket_widths(longest)
     bucket = np.searchsorted(widths, np.clip(histories - 1, 1, longest))
     for index in np.unique(bucket):
         here = np.flatnonzero(bucket == index)
-        ends = window_stops(local, longest, stops[here], histories[here], steps[here], seed, round_, users[here])
+        ends = window_stops(experiment, users[here], stops[here], histories[here], steps[here], round_)
         width = int(widths[index]) + 1
         flat, lengths = sequences.windows(np.repeat(users[here], ends.shape[1]), ends.ravel(), width)
         lengths = lengths.reshape(ends.shape)
         lengths[np.arange(ends.shape[1])[None, :] >= steps[here][:, None]] = 0
-        yield here, Windows(users[here], flat.reshape(*ends.shape, width), lengths)
+        yield Windows(users[here], flat.reshape(*ends.shape, width), lengths)

@@ -83,8 +83,7 @@ def train(experiment: Experiment, weights: Weights, sequences: Sequences, users:
     catalogue = len(weights.table)
     loss = build_loss(experiment.loss, catalogue)
     negatives = shared_negatives(experiment.loss, experiment.seed, round_, catalogue)
-    local, longest = experiment.federation.local, experiment.model.max_length
-    for _, bucket in windows(sequences, users, local, longest, experiment.seed, round_):
+    for bucket in windows(experiment, sequences, users, round_):
         size = max(1, experiment.runtime.memory_mb * 2**20 // _bytes_per_user(experiment, bucket, catalogue))
         for start in range(0, len(bucket.users), size):
             chunk = Windows(*(part[start : start + size] for part in bucket))
