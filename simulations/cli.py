@@ -102,7 +102,7 @@ def validate(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of an experiment, for editors."""
-    from common.loading import json_schema
+    from common.wording import json_schema
 
     _print_json(json_schema())
 

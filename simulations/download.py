@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,8 +103,8 @@ def download(name: str, target: Path) -> Path:
             _check(archive, source.sha256)
             _unpack(archive, name, Path(work))
             (Path(work) / name).rename(folder)
-    except OSError as error:  # urllib's errors, time-outs and broken certificates are among them
-        reason = getattr(error, "reason", None) or error.strerror or error
+    except (OSError, HTTPException) as error:  # time-outs and expired certificates are among the former
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise DataError(f"cannot download {name} to {target}: {reason}; try again, {_MEND}") from None
     return folder
 

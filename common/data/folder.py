@@ -2,7 +2,7 @@
 
 ``manifest.json`` is written last and the folder gets its name last, so that a half-written one is never seen::
 
-    manifest.json      what was read, from which files, with which options
+    manifest.json      what was read, from which files, with which options, and which optional arrays there are
     items.npy          (E,) int32    all users' events, user after user, in time order
     times.npy          (E,) int64    when; where the source has no times, the place in the file's order
     offsets.npy        (U+1,) int64  events of user u are [offsets[u], offsets[u+1])
@@ -17,7 +17,6 @@
 """
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +65,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path, DataError)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
-    if not {"digest", "read", "kept"} <= manifest.keys() or not {"users", "items", "events"} <= manifest["kept"].keys():
+    if (
+        not {"digest", "read", "kept", "extras"} <= manifest.keys()
+        or not {"users", "items", "events"} <= manifest["kept"].keys()
+    ):
         raise damaged(folder, f"{MANIFEST} is incomplete")
     return manifest
 
@@ -82,7 +84,7 @@ def load_array(folder: Path, name: str, size: int | None = None) -> NDArray[Any]
     dtype = (ARRAYS | EXTRAS)[name]
     try:
         array = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy parses the header as Python, and a damaged one can raise nearly anything
         raise damaged(folder, f"{name}.npy: {error}") from None
     if array.dtype != dtype or array.ndim != 1 or (size is not None and len(array) != size):
         expected = f"{np.dtype(dtype)} ({'any' if size is None else size},)"
@@ -122,7 +124,7 @@ class Appender:
 def being_made(target: Path) -> Iterator[Path]:
     """Give a draft folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    What lies at `target` beforehand is deleted. If another process makes the same folder meanwhile, its one stays.
+    If another process has made the same folder meanwhile, that one stays.
 
     Raises
     ------
@@ -131,15 +133,17 @@ def being_made(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
             draft = Path(work) / target.name
             draft.mkdir()
             yield draft
             for path in [*draft.iterdir(), draft]:
                 _fsync(path)
-            if not target.exists():
+            try:
                 draft.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
             _fsync(target.parent)
     except OSError as error:
         raise DataError(

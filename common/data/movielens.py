@@ -90,13 +90,15 @@ def _about(beside: dict[str, Path]) -> pl.DataFrame | None:
 
 def _flags(titles: Path, genres: Path | None) -> pl.DataFrame:
     """Titles with a 0/1 flag per genre in the last fields, the genres' names in a file of ``name|number`` lines."""
-    names = (
-        [] if genres is None else [row[0] for row in text.records(genres, "|", encoding="latin-1")["fields"].to_list()]
-    )
+    names = [] if genres is None else [fields[0] for fields in _latin(genres, "|")]
     rows = []
-    for fields in text.records(titles, "|", encoding="latin-1")["fields"].to_list():
+    for fields in _latin(titles, "|"):
         if len(fields) >= 2 + len(names):
             flags = zip(names, fields[len(fields) - len(names) :], strict=True)
             rows.append((fields[0], fields[1], [name for name, flag in flags if flag == "1"]))
     schema: dict[str, pl.DataType] = {"item": pl.String(), "title": pl.String(), "genres": pl.List(pl.String)}
     return pl.DataFrame(rows, schema=schema, orient="row").unique("item", keep="first", maintain_order=True)
+
+
+def _latin(path: Path, separator: str) -> list[list[str]]:
+    return text.records(path, separator, encoding="latin-1")["fields"].to_list()

@@ -2,9 +2,10 @@
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,7 @@ import polars as pl
 from common.config import DataConfig, SyntheticData, digest
 from common.data import folder as disk
 from common.data import readers, rules, synthetic
-from common.data.sequences import Extra, Sequences
+from common.data.sequences import Sequences
 from common.data.split import split
 from common.errors import DataError
 from common.files import sha256, write_json
@@ -30,19 +31,26 @@ def prepare(config: DataConfig) -> Path:
     """
     files = readers.files(config)
     sums = {file.name: sha256(file, DataError) for file in files}
-    # Where the files lie changes nothing; what they hold does.
-    options = config.model_dump(mode="json")
-    key = digest({"format": disk.FORMAT, "options": options | {"path": None}, "files": sums})
+    options = config.model_dump(mode="json", exclude={"path"})  # where files lie changes nothing; what they hold does
+    key = digest({"format": disk.FORMAT, "options": options, "files": sums})
     target = _cache() / f"{_name(config)}-{key}"
-    if intact(target):
-        return target
+    if target.exists():
+        if intact(target):
+            return target
+        shutil.rmtree(target, ignore_errors=True)
     with disk.being_made(target) as draft:
         facts = _write(config, draft)
         offsets, times = (disk.load_array(draft, name) for name in ("offsets", "times"))
         for name, array in split(config, offsets, times)._asdict().items():
             np.save(draft / f"{name}.npy", array)
-        source = {"kind": config.kind, "path": options.get("path"), "files": sums}
-        manifest = {"format": disk.FORMAT, "digest": key, "source": source, "options": options, **facts}
+        source = {"kind": config.kind, "path": getattr(config, "path", None), "files": sums}
+        manifest = {
+            "format": disk.FORMAT,
+            "digest": key,
+            "source": source,
+            "options": config.model_dump(mode="json"),
+            **facts,
+        }
         write_json(draft / disk.MANIFEST, manifest, DataError)
     return target
 
@@ -63,9 +71,9 @@ def describe(config: DataConfig) -> dict[str, Any]:
 def intact(folder: Path) -> bool:
     """Tell whether a prepared folder is there, whole and of today's format."""
     try:
-        sequences = Sequences.open(folder)
-        for name in get_args(Extra):
-            sequences.extra(name)
+        events = len(Sequences.open(folder).items)
+        for name in disk.read_manifest(folder)["extras"]:
+            disk.load_array(folder, name, events)
         for name in (disk.USERS, disk.CATALOGUE):
             pl.read_parquet_schema(folder / name)
     except (DataError, OSError, pl.exceptions.PolarsError):
@@ -113,7 +121,8 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     catalogue.write_parquet(draft / disk.CATALOGUE)
     counts = {"users": lengths.height, "items": catalogue.height, "events": frame.height}
     bad = {"count": table.bad_rows, "first_lines": table.bad_lines}
-    return {"read": read, "kept": counts, "bad_rows": bad, **facts}
+    extras = sorted(disk.EXTRAS.keys() & arrays.keys())
+    return {"read": read, "kept": counts, "bad_rows": bad, "extras": extras, **facts}
 
 
 def _coded(behaviours: pl.Series) -> tuple[Any, list[str]]:

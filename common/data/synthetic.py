@@ -95,6 +95,7 @@ def write(config: SyntheticData, draft: Path) -> dict[str, Any]:
         },
         "kept": counts,
         "bad_rows": {"count": 0, "first_lines": []},
+        "extras": ["causes"],
     }
 
 

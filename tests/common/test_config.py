@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from common import config
 from common.config import Experiment, digest, experiment_hash
-from common.loading import dump, json_schema, load, parse
+from common.loading import dump, load, parse
+from common.wording import json_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from common import config, loading
 from common.errors import ConfigError, UsageError
-from common.loading import json_schema, load, parse
+from common.loading import load, parse
+from common.wording import json_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = "name: tiny\ndata: {kind: synthetic}\n"

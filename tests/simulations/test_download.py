@@ -1,4 +1,5 @@
 import hashlib
+import http.client
 import http.server
 import io
 import socket
@@ -45,7 +46,7 @@ def serve(monkeypatch):
                 pass
 
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         monkeypatch.setattr(module, "URL", f"http://127.0.0.1:{server.server_port}/{{name}}.zip")
         sha256 = hashlib.sha256(content if known is None else known).hexdigest()

@@ -53,7 +53,8 @@ def test_no_prepared_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"format": 0}', '{"format": 1, "digest": "", "read": {}, "kept": {}}']
+    "content",
+    ["", "{", "[]", "{}", '{"format": 0}', '{"format": 1, "digest": "", "read": {}, "kept": {}, "extras": []}'],
 )
 def test_bad_manifest(catalogue, content):
     (catalogue.folder / "manifest.json").write_text(content)
