@@ -57,7 +57,7 @@ SOURCES = {
         f"{_RESEARCH} Redistribution under the same terms is allowed.",
     ),
 }
-"""Every data set that `download` knows. The checksums are those of TensorFlow Datasets, too."""
+"""Every data set that `download` knows."""
 
 
 def licence(name: str) -> str:

@@ -33,8 +33,11 @@ from common.files import read_json
 FORMAT = 1
 """Version of the layout; part of the digest, so that a change makes every folder anew."""
 MANIFEST = "manifest.json"
+"""What the folder holds; written last."""
 CATALOGUE = "catalogue.parquet"
+"""The items, which everybody may know."""
 USERS = "users.parquet"
+"""The users' ids."""
 ARRAYS: dict[str, type[np.generic]] = {
     "items": np.int32,
     "times": np.int64,
@@ -43,7 +46,9 @@ ARRAYS: dict[str, type[np.generic]] = {
     "validation": np.int64,
     "test": np.int64,
 }
+"""Types of the arrays that every folder has."""
 EXTRAS: dict[str, type[np.generic]] = {"behaviours": np.int8, "ratings": np.float32, "causes": np.int32}
+"""Types of the optional arrays."""
 
 
 def damaged(folder: Path, why: str) -> DataError:

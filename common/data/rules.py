@@ -67,14 +67,18 @@ def measure(table: Table, frame: pl.DataFrame) -> dict[str, Any]:
         users, items, events, mean_length, density, and tied_last_pair_share: of the users with two events or more, the
         share whose last two have equal times (None where the source has no times).
     """
-    users, items = frame["user"].n_unique(), frame["item"].n_unique()
     last = frame.group_by("user", maintain_order=True).agg(pl.col("time").tail(2)).filter(pl.col("time").list.len() > 1)
     tied = last.select((pl.col("time").list.first() == pl.col("time").list.last()).mean()).item()
+    return figures(frame["user"].n_unique(), frame["item"].n_unique(), frame.height, tied if table.timed else None)
+
+
+def figures(users: int, items: int, events: int, tied: float | None) -> dict[str, Any]:
+    """Put a data set's counts, and what follows from them, under the names that `measure` documents."""
     return {
         "users": users,
         "items": items,
-        "events": frame.height,
-        "mean_length": frame.height / users,
-        "density": frame.height / (users * items),
-        "tied_last_pair_share": tied if table.timed else None,
+        "events": events,
+        "mean_length": events / users,
+        "density": events / (users * items),
+        "tied_last_pair_share": tied,
     }

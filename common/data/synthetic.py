@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from common.config import SyntheticData
 from common.data import folder as disk
+from common.data import rules
 from common.data.law import Floats, Ints, Law, generator
 from common.data.table import Table
 
@@ -87,12 +88,7 @@ def write(config: SyntheticData, draft: Path) -> dict[str, Any]:
         pl.select(pl.int_range(size).cast(pl.String).alias(column)).write_parquet(draft / name)
     counts = {"users": config.users, "items": config.items, "events": int(offsets[-1])}
     return {
-        "read": counts
-        | {
-            "mean_length": counts["events"] / config.users,
-            "density": counts["events"] / (config.users * config.items),
-            "tied_last_pair_share": 0.0,
-        },
+        "read": rules.figures(**counts, tied=0.0),
         "kept": counts,
         "bad_rows": {"count": 0, "first_lines": []},
         "extras": ["causes"],
@@ -160,9 +156,9 @@ class _Sampler:
         caused = np.flatnonzero(noisy >= config.noise)
         where, kind = where[caused], kind[caused]
 
-        table = self.recency[: min(length, law.reach)]
-        back = np.searchsorted(table, rng.random(len(caused)) * table[-1], side="right")
-        place = length - 1 - np.minimum(back, len(table) - 1)
+        weights = self.recency[: min(length, law.reach)]
+        back = np.searchsorted(weights, rng.random(len(caused)) * weights[-1], side="right")
+        place = length - 1 - np.minimum(back, len(weights) - 1)
         cause = history[caused, place]
         group = law.interest[cause]
         popular = np.searchsorted(self.within, group + where, side="right")
