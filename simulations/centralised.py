@@ -1,0 +1,134 @@
+"""SASRec trained as everybody else does: one process that sees all data, mini-batches, Adam. No federated code in here.
+
+It is the reference that the federated run must equal (`hushrec certify`) and the floor that its speed is measured
+against (`hushrec bench`). What it shares with the rest are the schema, the data and the keyed draws: the same
+initial weights, users of a batch, negatives and dropout masks can only come from the same seeds.
+"""
+
+from collections.abc import Iterable
+from math import sqrt
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.config import Experiment, ModelConfig
+from common.data.sequences import Ints, Sequences
+from common.seeding import generator, keep_mask, uniform_bits
+
+
+class Block(nn.Module):
+    """One pre-LN attention block."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.dim
+        self.heads = config.heads
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, d * config.ffn), nn.Linear(d * config.ffn, d)
+
+    def forward(self, x: Tensor, masks: Tensor | None) -> Tensor:
+        """``(B, L, D) → (B, L, D)``; `masks` are the two scaled dropout masks ``(B, L, 2, D)``."""
+        attended = self.out(self.attend(self.norm1(x)))
+        x = x + (attended if masks is None else attended * masks[:, :, 0])
+        fed = self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + (fed if masks is None else fed * masks[:, :, 1])
+        return x
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Softmax attention by the book, the future masked out."""
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        logits = (query @ key.transpose(-1, -2) / sqrt(query.shape[-1])).masked_fill(future, -torch.inf)
+        mixed: Tensor = logits.softmax(-1) @ value  # (B, H, L, D/H)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class SASRec(nn.Module):
+    """Kang & McAuley, ICDM 2018; pre-LN, tied embeddings."""
+
+    def __init__(self, config: ModelConfig, items: int):
+        super().__init__()
+        self.scale = sqrt(config.dim)
+        self.item = nn.Embedding(items, config.dim)
+        self.position = nn.Embedding(config.max_length, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, items: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Hidden states ``(B, L, D)`` of right-padded histories ``(B, L)``."""
+        x = self.item(items) * self.scale + self.position.weight[: items.shape[1]]
+        x = x if masks is None else x * masks[:, :, 0]
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if masks is None else masks[:, :, 2 * i + 1 : 2 * i + 3])
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def load_named(self, parameters: dict[str, Tensor]) -> None:
+        """Take weights by the names of `model.safetensors`."""
+        self.load_state_dict(
+            {
+                f"{name}.weight" if name in {"item", "position"} else name: value.clone()
+                for name, value in parameters.items()
+            }
+        )
+
+    def named(self) -> dict[str, Tensor]:
+        """Weights by the names of `model.safetensors`."""
+        short = {"item.weight": "item", "position.weight": "position"}
+        return {short.get(name, name): value.detach() for name, value in self.named_parameters()}
+
+
+def train(experiment: Experiment, model: SASRec, sequences: Sequences, batches: Iterable[tuple[int, Ints]]) -> None:
+    """Mini-batch training in place: token-mean loss, torch.optim.Adam with the server optimiser's settings.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        `loss.kind` softmax or sampled-softmax; `federation.optimizer.kind` fedadam.
+    model : SASRec
+        Trained in place.
+    sequences : Sequences
+        Everybody's data.
+    batches : iterable
+        Pairs of a step's number, from 1, and its users ``(B,)``.
+    """
+    adam = experiment.federation.optimizer
+    if adam.kind != "fedadam":
+        raise ValueError("the centralised loop steps with Adam; set federation.optimizer.kind=fedadam")
+    optimizer = torch.optim.Adam(model.parameters(), lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps)
+    for step, users in batches:
+        optimizer.zero_grad()
+        loss(experiment, model, sequences, users, step).backward()
+        optimizer.step()
+
+
+def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Ints, step: int) -> Tensor:
+    """Mean over all tokens of a batch, a scalar."""
+    config = experiment.model
+    stops, _ = sequences.stops(users, "train")
+    width = int(np.clip((stops - sequences.offsets[users]).max() - 1, 1, config.max_length))
+    events, lengths = sequences.windows(users, stops, width + 1)
+    real = torch.from_numpy(np.arange(1, width + 1) < lengths[:, None])  # (B, L)
+    window = torch.from_numpy(events)
+    masks = None
+    if config.dropout:
+        shape = (len(users), width, 1 + 2 * config.blocks, config.dim)
+        bits = uniform_bits(experiment.seed, "dropout-0", step, users, int(np.prod(shape[1:])))
+        masks = torch.from_numpy(keep_mask(bits, config.dropout)).view(shape)
+    hidden = model(window[:, :-1], masks)[real]  # (T, D), real tokens only
+    targets = window[:, 1:][real]
+    if experiment.loss.kind == "softmax":
+        return F.cross_entropy(hidden @ model.item.weight.T, targets)
+    items = model.item.num_embeddings
+    wanted = min(getattr(experiment.loss, "negatives", 0), items)
+    negatives = np.sort(generator(experiment.seed, "negatives", step).choice(items, wanted, replace=False))
+    owned, owner = sequences.events(users, stops)
+    known = np.zeros((len(users), items), dtype=bool)
+    known[owner, owned] = True
+    allowed = torch.from_numpy(~known[:, negatives]).unsqueeze(1).expand(-1, width, -1)[real]  # (T, N)
+    positive = (hidden * model.item(targets)).sum(-1, keepdim=True)
+    negative = (hidden @ model.item(torch.from_numpy(negatives)).T).masked_fill(~allowed, -torch.inf)
+    return F.cross_entropy(torch.cat([positive, negative], -1), torch.zeros(len(targets), dtype=torch.int64))
