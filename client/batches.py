@@ -1,6 +1,6 @@
 """From sequences to the stacked windows that a cohort trains on; all of it vectorised over users."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,8 @@ from common.data.sequences import Sequences
 from common.seeding import uniform_integers
 
 Ints = NDArray[np.int64]
+CHUNK_USERS, CHUNK_BYTES = 64, 256 * 2**20
+"""Bounds on a chunk: enough to fill a core, little enough for its caches and for several workers to share a cohort."""
 
 
 class Windows(NamedTuple):
@@ -61,8 +63,40 @@ def window_stops(experiment: Experiment, users: Ints, stops: Ints, histories: In
     return stops[:, None] - back
 
 
-def windows(experiment: Experiment, sequences: Sequences, users: Ints, round_: int) -> Iterator[Windows]:
-    """Windows of a cohort, one bucket of equal width at a time.
+def chunks(
+    experiment: Experiment, sequences: Sequences, users: Ints, bytes_per_user: Callable[[int, int], int]
+) -> list[Ints]:
+    """Split a cohort into chunks of users whose windows are of equal width and whose work fits the memory budget.
+
+    A pure function of the cohort, never of the machine: sums run chunk by chunk, so results don't depend on it either.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Steps or epochs, the model's longest history.
+    sequences : Sequences
+        The histories; only lengths are read.
+    users : ndarray
+        ``(C,)`` int64.
+    bytes_per_user : callable
+        Working memory of one user, from the width of its windows and its number of steps.
+    """
+    longest = experiment.model.max_length
+    histories = sequences.stops(users, "train")[0] - sequences.offsets[users]
+    steps = local_steps(experiment.federation.local, histories, longest)
+    widths = bucket_widths(longest)
+    bucket = np.searchsorted(widths, np.clip(histories - 1, 1, longest))
+    parts = []
+    for index in np.unique(bucket):
+        here = np.flatnonzero(bucket == index)
+        fitting = CHUNK_BYTES // bytes_per_user(int(widths[index]), int(steps[here].max()))
+        size = int(np.clip(fitting, 1, CHUNK_USERS))
+        parts += [users[here[start : start + size]] for start in range(0, len(here), size)]
+    return parts
+
+
+def windows(experiment: Experiment, sequences: Sequences, users: Ints, round_: int) -> Windows:
+    """Windows of one chunk.
 
     Parameters
     ----------
@@ -71,26 +105,19 @@ def windows(experiment: Experiment, sequences: Sequences, users: Ints, round_: i
     sequences : Sequences
         The histories; only those of `users` are read.
     users : ndarray
-        ``(C,)`` int64.
+        ``(C,)`` int64, from `chunks`.
     round_ : int
         The round, from 1.
-
-    Yields
-    ------
-    Windows
-        Of the users of one bucket.
     """
     longest = experiment.model.max_length
     stops, _ = sequences.stops(users, "train")
     histories = stops - sequences.offsets[users]
     steps = local_steps(experiment.federation.local, histories, longest)
-    widths = bucket_widths(longest)
-    bucket = np.searchsorted(widths, np.clip(histories - 1, 1, longest))
-    for index in np.unique(bucket):
-        here = np.flatnonzero(bucket == index)
-        ends = window_stops(experiment, users[here], stops[here], histories[here], steps[here], round_)
-        width = int(widths[index]) + 1
-        flat, lengths = sequences.windows(np.repeat(users[here], ends.shape[1]), ends.ravel(), width)
-        lengths = lengths.reshape(ends.shape)
-        lengths[np.arange(ends.shape[1])[None, :] >= steps[here][:, None]] = 0
-        yield Windows(users[here], flat.reshape(*ends.shape, width), lengths)
+    width = int(
+        bucket_widths(longest)[np.searchsorted(bucket_widths(longest), np.clip(histories.max() - 1, 1, longest))]
+    )
+    ends = window_stops(experiment, users, stops, histories, steps, round_)
+    events, lengths = sequences.windows(np.repeat(users, ends.shape[1]), ends.ravel(), width + 1)
+    lengths = lengths.reshape(ends.shape)
+    lengths[np.arange(ends.shape[1])[None, :] >= steps[:, None]] = 0
+    return Windows(users, events.reshape(*ends.shape, width + 1), lengths)

@@ -1,11 +1,16 @@
 """What a client process holds: the experiment, and the histories of the users whose device it plays."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from flwr.app import Context
 
+from client.evaluation import Ranking, rank
+from client.training import train
 from common.config import Experiment, experiment_hash
 from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
@@ -27,11 +32,21 @@ class Device:
     """Histories by user index."""
     catalogue: Catalogue
     """The public list of items."""
+    trainer: Callable[..., Iterable[Any]] = train
+    """What trains a cohort; a simulation may put worker processes here."""
+    ranker: Callable[..., Ranking] = rank
+    """What ranks a cohort's held-out items."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of the experiment; a message of another experiment is refused."""
         return experiment_hash(self.experiment)
+
+    def damaged(self, users: Sequence[int]) -> set[int]:
+        """Which of these users have events on items outside the catalogue; reads only theirs."""
+        cohort = np.array(users, dtype=np.int64)
+        items, rows = self.sequences.events(cohort, self.sequences.offsets[cohort + 1])
+        return set(cohort[rows[(items < 0) | (items >= self.catalogue.items)]].tolist())
 
     @classmethod
     def open(cls, experiment: Experiment, folder: Path) -> "Device":

@@ -6,10 +6,10 @@ import numpy as np
 from flwr.app import Error, Message, MetricRecord, MetricRecordValues, RecordDict
 
 from client.device import Device
-from client.evaluation import rank
-from client.training import Update, train
+from client.training import Updates
 from common.data.sequences import Split
-from common.wire import METRICS, MODEL, REFUSED, ROUND, UPDATE, arrays, unpack
+from common.models.weights import Weights
+from common.wire import METRICS, MODEL, REFUSED, ROUND, UPDATE, pending_update, unpack
 
 Handler = Callable[[Sequence[Message], Sequence[int], Device], list[Message]]
 
@@ -39,9 +39,9 @@ def handle_train(messages: Sequence[Message], users: Sequence[int], device: Devi
         round_ = int(str(first.config_records[ROUND]["round"]))
         place = {users[i]: i for i in asked}
         cohort = np.array(list(place), dtype=np.int64)
-        for update in train(device.experiment, weights, device.sequences, cohort, round_):
-            i = place[update.user]
-            replies[i] = _update_reply(messages[i], update)
+        for updates in device.trainer(device.experiment, weights, device.sequences, cohort, round_):
+            for i, user in enumerate(updates.users.tolist()):
+                replies[place[user]] = _update_reply(messages[place[user]], updates, i, weights)
     return _complete(messages, replies)
 
 
@@ -53,7 +53,7 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
         cohort = np.array([users[i] for i in asked], dtype=np.int64)
         weights = unpack(first.array_records[MODEL])
         split: Split = "test" if first.config_records[ROUND]["split"] == "test" else "validation"
-        ranking = rank(device.experiment, weights, device.sequences, cohort, split)
+        ranking = device.ranker(device.experiment, weights, device.sequences, cohort, split)
         for i, user, full, sampled in zip(asked, cohort, ranking.full, ranking.sampled, strict=True):
             values = {"rank": float(full), "rank_sampled": float(sampled)}
             held_out = {name: value for name, value in values.items() if not np.isnan(value)}
@@ -63,16 +63,18 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
 
 def handle_query(messages: Sequence[Message], users: Sequence[int], device: Device) -> list[Message]:
     """Say who lives here and how large the public catalogue is; arguments and result as in `handle_train`."""
-    facts = [{"user": int(user), "items": device.catalogue.items} for user in users]
-    return [_metrics_reply(message, fact) for message, fact in zip(messages, facts, strict=True)]
+    asked, replies = _known(messages, users, device)
+    for i in asked:
+        replies[i] = _metrics_reply(messages[i], {"user": int(users[i]), "items": device.catalogue.items})
+    return _complete(messages, replies)
 
 
 HANDLERS: dict[str, Handler] = {"train": handle_train, "evaluate": handle_evaluate, "query": handle_query}
 """Handler by Flower's message type."""
 
 
-def _admit(messages: Sequence[Message], users: Sequence[int], device: Device) -> tuple[list[int], list[Message | None]]:
-    """Positions of the messages that may be served; the others get an error reply at once."""
+def _known(messages: Sequence[Message], users: Sequence[int], device: Device) -> tuple[list[int], list[Message | None]]:
+    """Positions of the messages that are of this experiment and for users of this device; refusals for the others."""
     replies: list[Message | None] = [None] * len(messages)
     known, asked = device.fingerprint, []
     for i, (message, user) in enumerate(zip(messages, users, strict=True)):
@@ -86,6 +88,16 @@ def _admit(messages: Sequence[Message], users: Sequence[int], device: Device) ->
     return asked, replies
 
 
+def _admit(messages: Sequence[Message], users: Sequence[int], device: Device) -> tuple[list[int], list[Message | None]]:
+    """As `_known`, without the users whose events would break off the work for all."""
+    asked, replies = _known(messages, users, device)
+    damaged = device.damaged([users[i] for i in asked])
+    for i in asked:
+        if users[i] in damaged:
+            replies[i] = _refusal(messages[i], "events on items outside the catalogue")
+    return [i for i in asked if replies[i] is None], replies
+
+
 def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) -> list[Message]:
     return [
         reply if reply is not None else _refusal(message, "no result")
@@ -93,18 +105,12 @@ def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) ->
     ]
 
 
-def _update_reply(message: Message, update: Update) -> Message:
-    table, body = update.weights
-    if not update.finite:
+def _update_reply(message: Message, updates: Updates, i: int, weights: Weights) -> Message:
+    if not updates.finite[i]:
         return _refusal(message, "training gave numbers that are not finite")
-    rows = {} if update.rows is None else {"rows": update.rows}
-    content = RecordDict(
-        {
-            UPDATE: arrays(table=table.numpy(), body=body.numpy(), **rows),
-            METRICS: MetricRecord({"user": update.user, "events": update.events, "loss": update.loss}),
-        }
-    )
-    return Message(content, reply_to=message)
+    facts = {"user": int(updates.users[i]), "events": int(updates.events[i]), "loss": float(updates.losses[i])}
+    update = pending_update(updates, i, tuple(weights.body.shape), weights.table.shape[1])
+    return Message(RecordDict({UPDATE: update, METRICS: MetricRecord({**facts})}), reply_to=message)
 
 
 def _metrics_reply(message: Message, values: Mapping[str, MetricRecordValues]) -> Message:

@@ -1,11 +1,15 @@
 """Local training of a whole cohort at once; a device calls it with its one user.
 
-Each user of the cohort has its own copy of the weights, stacked along C. Nothing mixes users, so the gradient of the
-summed loss holds every user's own gradient, and one user's broken numbers stay its own.
+In general each user of a chunk has its own copy of the weights, stacked along C. Nothing mixes users, so the gradient
+of the summed loss holds every user's own gradient, and one user's broken numbers stay its own.
+
+One local step is special: all users still stand at the global weights, so one pass with shared weights gives the
+weighted sum of their updates exactly, at the price of centralised training. Single updates are then computed only if
+asked for.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,54 +17,153 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.batches import Windows, windows
-from client.rows import Ints, localise, membership
-from common.config import Experiment, LossConfig
+from client.batches import chunks, windows
+from client.problem import Problem, pose
+from client.rows import Ints
+from common.config import Experiment
 from common.data.sequences import Sequences
 from common.models.encoder import dropout_sites, encode
-from common.models.losses import Candidates, Loss, build_loss
-from common.models.weights import Weights, named
-from common.seeding import generator, keep_mask, uniform_bits, uniform_integers
+from common.models.losses import Candidates, build_loss
+from common.models.weights import Weights, body_shapes, named
+from common.seeding import keep_mask, uniform_bits
 
 
-class Update(NamedTuple):
-    """What one user's training changed: local − global."""
+class Updates:
+    """What the training of one chunk changed, local − global, for each of its C users.
 
-    user: int
-    """Index of the user."""
-    rows: NDArray[np.int32] | None
-    """Catalogue indices of the rows in `weights.table`, ``(R,)``; `None` means the whole table."""
-    weights: Weights
-    """Change of the table's rows ``(R, D)`` and of the body ``(P,)``."""
-    events: int
-    """Targets that one pass trained on."""
-    loss: float
-    """Mean loss over the local steps, each before its step."""
-    finite: bool
-    """Whether all numbers are; an update that isn't is worth nothing."""
+    Parameters
+    ----------
+    experiment : Experiment
+        Model, loss, local training, seed.
+    weights : Weights
+        The global weights that training starts from; they must not change while updates are asked for.
+    problems : tuple of Problem
+        The chunk's shared and stacked problem.
+    round_ : int
+        With the seed and each user, the key of all draws.
+    """
+
+    def __init__(self, experiment: Experiment, weights: Weights, problems: tuple[Problem, Problem], round_: int):
+        self._experiment, self._weights, self._round = experiment, weights, round_
+        self._shared, self._own = problems
+        trained = np.maximum(self._own.windows.lengths - 1, 0)  # (C, S)
+        self.users: Ints = self._own.windows.users
+        """Index of each user, ``(C,)``."""
+        self.events: Ints = trained.sum(-1) // (experiment.federation.local.epochs or trained.shape[1])
+        """Targets that one pass trained on, ``(C,)``."""
+        by_events = experiment.federation.weighting == "events"
+        self.expected: NDArray[np.float32] = (self.events if by_events else np.ones_like(self.events)).astype(
+            np.float32
+        )
+        """Importance that the server will give each user, unless something happens to a reply, ``(C,)``."""
+        self.counts: Ints = self._own.counts
+        """Item rows that each user sends, ``(C,)``."""
+        self.whole = self._own.rows is None
+        """Whether these are the whole table."""
+        self._sum = self._shared_step() if trained.shape[1] == 1 else None
+        if self._sum is None:
+            self.losses = self._stacked[1]
+            """Mean loss of each user over its local steps, each before its step, ``(C,)``."""
+
+    @cached_property
+    def finite(self) -> NDArray[np.bool_]:
+        """Whether all numbers of a user are, ``(C,)``; an update that isn't finite is worth nothing."""
+        if self._sum is not None:
+            return np.ones(len(self.users), dtype=bool)
+        (table, body), losses = self._stacked
+        # A sum meets every number, and whatever is not finite makes it so: one pass instead of one test per user.
+        finite: NDArray[np.bool_] = np.isfinite(losses) & torch.isfinite(table.sum((1, 2)) + body.sum(1)).numpy()
+        return finite
+
+    def __len__(self) -> int:
+        """Number of users."""
+        return len(self.users)
+
+    def rows(self, i: int) -> NDArray[np.int32]:
+        """Catalogue indices of the rows that the i-th user sends, ``(R,)``."""
+        count = self.counts[i]
+        index: Ints = np.arange(count) if self._own.rows is None else self._own.rows[i, :count]
+        return index.astype(np.int32)
+
+    def one(self, i: int) -> Weights:
+        """Change of the i-th user's rows ``(R, D)`` and of the body ``(P,)``."""
+        (table, body), _ = self._stacked
+        return Weights(table[i, : self.counts[i]], body[i])
+
+    def summed(self, importance: NDArray[np.float32]) -> tuple[Ints | None, Weights]:
+        """Σ importance · update, importance ``(C,)``; 0 leaves a user out.
+
+        Returns
+        -------
+        rows : (R,) int64, optional
+            Catalogue indices of the sum's table rows, some perhaps more than once; none for the whole table.
+        weights : Weights
+            ``(R, D)`` and ``(P,)``.
+        """
+        if self._sum is not None and np.array_equal(importance, self.expected):
+            return self._shared.rows, self._sum
+        (tables, bodies), _ = self._stacked
+        chosen = np.flatnonzero(importance)  # the others' numbers may not even be finite
+        scale, where = torch.from_numpy(importance[chosen]), torch.from_numpy(chosen)
+        body, rows = scale @ bodies[where], self._own.rows
+        table = tables[where] * scale.view(-1, 1, 1)  # (C, R, D)
+        if rows is None:
+            return None, Weights(table.sum(0), body)
+        used = np.arange(rows.shape[1]) < self.counts[chosen, None]  # (C, R)
+        return rows[chosen][used], Weights(table[torch.from_numpy(used)], body)
+
+    def _shared_step(self) -> Weights | None:
+        """Weighted sum of all updates, of the shared problem's rows.
+
+        None where something isn't finite, since one user would spoil everybody's.
+        """
+        table, body = self._weights
+        rows = table if self._shared.rows is None else table[torch.from_numpy(self._shared.rows)]
+        here = Weights(rows.detach().requires_grad_(), body.detach().requires_grad_())
+        losses = _loss(
+            self._experiment, here.table, named(self._experiment.model, here.body), self._shared, 0, self._round
+        )
+        self.losses = losses.detach().numpy()
+        if not np.isfinite(self.losses).all():
+            return None
+        gradients = torch.autograd.grad((losses * torch.from_numpy(self.expected)).sum(), here)
+        lr = self._experiment.federation.local.lr
+        total = Weights(*(gradient.mul_(-lr) for gradient in gradients))
+        return total if torch.isfinite(total.table.sum() + total.body.sum()) else None
+
+    @cached_property
+    def _stacked(self) -> tuple[Weights, NDArray[np.float32]]:
+        """Updates ``(C, R, D)`` and ``(C, P)`` by training a copy of the weights per user, and the losses."""
+        model, local, lengths = self._experiment.model, self._experiment.federation.local, self._own.windows.lengths
+        c, table, rows = len(self.users), self._weights.table, self._own.rows
+        origin = table.expand(c, -1, -1) if rows is None else table[torch.from_numpy(rows)]  # (C, R, D)
+        start = Weights(origin, self._weights.body.expand(c, -1))
+        here = Weights(*(part.clone(memory_format=torch.contiguous_format) for part in start))
+        # Leaves that share the stacked body's memory: steps are made in place, and no gradient has to be put together.
+        leaves, begins = ([w.table, *named(model, w.body).values()] for w in (here, start))
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        parameters = dict(zip(body_shapes(model), leaves[1:], strict=True))
+        losses = torch.zeros(lengths.shape)  # (C, S)
+        for step in range(lengths.shape[1]):
+            per_user = _loss(self._experiment, leaves[0], parameters, self._own, step, self._round)  # (C,)
+            gradients = torch.autograd.grad(per_user.sum(), leaves)
+            losses[:, step] = per_user.detach()
+            with torch.no_grad():
+                active = torch.from_numpy(lengths[:, step] > 1).float()  # (C,)
+                for leaf, gradient, begin in zip(leaves, gradients, begins, strict=True):
+                    if local.prox:
+                        pull = local.prox * active.view(-1, *[1] * (leaf.dim() - 1))
+                        leaf.addcmul_(pull, leaf - begin, value=-local.lr)
+                    leaf.sub_(gradient, alpha=local.lr)
+        with torch.no_grad():
+            change = Weights(*(part.detach().sub_(begin) for part, begin in zip(here, start, strict=True)))
+        return change, losses.sum(-1).numpy() / np.maximum((lengths > 1).sum(-1), 1).astype(np.float32)
 
 
-class _Problem(NamedTuple):
-    """One bucket's windows, renumbered to each user's local table."""
-
-    windows: Windows
-    rows: Ints | None  # (C, R) catalogue indices; None: the whole table
-    counts: Ints | None  # (C,) rows in use
-    events: Tensor  # (C, S, W + 1) local
-    shared: int  # the first so many local rows are negatives of everybody
-    private: Tensor | None  # (C, S, W) local, for one private negative per position
-    allowed: Tensor  # (C, 1, N), or (C, S, W, 1) for private negatives
-
-
-def shared_negatives(loss: LossConfig, seed: int, round_: int, catalogue: int) -> Ints:
-    """The round's negatives: sorted, distinct, uniform over the catalogue, from the public seed; ``(N,)``."""
-    wanted = getattr(loss, "negatives", 0)
-    rng = generator(seed, "negatives", round_)
-    return np.sort(rng.choice(catalogue, min(wanted, catalogue), replace=False)).astype(np.int64)
-
-
-def train(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int) -> Iterator[Update]:
-    """Train a cohort from the same global weights and yield each user's update.
+def train(
+    experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int
+) -> Iterator[Updates]:
+    """Train a cohort from the same global weights.
 
     Parameters
     ----------
@@ -77,109 +180,66 @@ def train(experiment: Experiment, weights: Weights, sequences: Sequences, users:
 
     Yields
     ------
-    Update
-        One per user, bucket by bucket, hence not in the order of `users`.
+    Updates
+        Of one chunk of users; each user is in one chunk.
     """
+    for chunk in plan(experiment, sequences, users, len(weights.table)):
+        yield train_chunk(experiment, weights, sequences, chunk, round_)
+
+
+def plan(experiment: Experiment, sequences: Sequences, users: Ints, catalogue: int) -> list[Ints]:
+    """Users of each chunk that a cohort is trained in."""
+
+    def bytes_per_user(width: int, steps: int) -> int:
+        """An estimate: weights with gradients, activations, logits and masks, as stacked training needs them."""
+        model, loss = experiment.model, experiment.loss
+        scored = catalogue if loss.kind == "softmax" else getattr(loss, "negatives", 1)
+        rows = catalogue if loss.kind == "softmax" else scored + 2 * width * steps
+        body, activations = 12 * model.blocks * model.dim**2, width * model.dim * (12 + 2 * model.ffn) * model.blocks
+        return 4 * (3 * rows * model.dim + 3 * body + 2 * activations + 3 * width * scored)
+
+    return chunks(experiment, sequences, users, bytes_per_user)
+
+
+def train_chunk(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int) -> Updates:
+    """Train one chunk of a plan; arguments as in `train`."""
     catalogue = len(weights.table)
-    loss = build_loss(experiment.loss, catalogue)
-    negatives = shared_negatives(experiment.loss, experiment.seed, round_, catalogue)
-    for bucket in windows(experiment, sequences, users, round_):
-        size = max(1, experiment.runtime.memory_mb * 2**20 // _bytes_per_user(experiment, bucket, catalogue))
-        for start in range(0, len(bucket.users), size):
-            chunk = Windows(*(part[start : start + size] for part in bucket))
-            problem = _pose(experiment, sequences, chunk, negatives, catalogue, round_)
-            yield from _solve(experiment, weights, loss, problem, round_)
+    problems = pose(experiment, sequences, windows(experiment, sequences, users, round_), round_, catalogue)
+    return Updates(experiment, weights, problems, round_)
 
 
-def _pose(
-    experiment: Experiment, sequences: Sequences, chunk: Windows, negatives: Ints, catalogue: int, round_: int
-) -> _Problem:
-    users, events, lengths = chunk
-    c, s, w = events.shape[0], events.shape[1], events.shape[2] - 1
-    everything = torch.ones(1, 1, 1, dtype=torch.bool)
-    if experiment.loss.kind == "softmax":
-        return _Problem(chunk, None, None, torch.from_numpy(events), 0, None, everything)
-    real = np.arange(w + 1) < lengths[..., None]  # (C, S, W + 1)
-    trained, owner = sequences.events(users, sequences.stops(users, "train")[0])
-    if experiment.loss.kind == "bce":
-        drawn = uniform_integers(experiment.seed, "private-negatives", round_, users, s * w, catalogue)
-        allowed = torch.from_numpy(~membership(owner, trained, drawn, catalogue)).view(c, s, w, 1)
-        touched = np.concatenate([events, drawn.reshape(c, s, w)], axis=-1)
-        rows, counts, local = localise(touched, np.concatenate([real, real[..., 1:]], -1), negatives, catalogue)
-        index = torch.from_numpy(local)
-        return _Problem(chunk, rows, counts, index[..., : w + 1], 0, index[..., w + 1 :], allowed)
-    allowed = torch.from_numpy(~membership(owner, trained, np.tile(negatives, (c, 1)), catalogue)).unsqueeze(1)
-    rows, counts, local = localise(events, real, negatives, catalogue)
-    return _Problem(chunk, rows, counts, torch.from_numpy(local), len(negatives), None, allowed)
-
-
-def _solve(experiment: Experiment, weights: Weights, loss: Loss, problem: _Problem, round_: int) -> Iterator[Update]:
-    local, (users, _, lengths) = experiment.federation.local, problem.windows
-    c = len(users)
-    origin = weights.table.expand(c, -1, -1) if problem.rows is None else weights.table[torch.from_numpy(problem.rows)]
-    start = Weights(origin, weights.body.expand(c, -1))
-    stacked = Weights(*(part.clone(memory_format=torch.contiguous_format).requires_grad_() for part in start))
-    losses = torch.zeros(lengths.shape)  # (C, S)
-    for step in range(lengths.shape[1]):
-        per_user = _loss(experiment, stacked, loss, problem, step, round_)  # (C,)
-        gradients = torch.autograd.grad(per_user.sum(), stacked)
-        losses[:, step] = per_user.detach()
-        with torch.no_grad():
-            active = torch.from_numpy(lengths[:, step] > 1).float()  # (C,)
-            for part, gradient, begin in zip(stacked, gradients, start, strict=True):
-                if local.prox:
-                    pull = local.prox * active.view(-1, *[1] * (part.dim() - 1))
-                    part.addcmul_(pull, part - begin, value=-local.lr)
-                part.sub_(gradient, alpha=local.lr)
-    with torch.no_grad():
-        table, body = (part.detach().sub_(begin) for part, begin in zip(stacked, start, strict=True))
-    trained = np.maximum(lengths - 1, 0)  # (C, S)
-    steps = np.maximum((trained > 0).sum(-1), 1)
-    events = trained.sum(-1) // (local.epochs or lengths.shape[1])
-    mean_loss = losses.sum(-1).numpy() / steps
-    # A sum meets every number, and whatever is not finite makes it so: one pass instead of one test per user.
-    finite = np.isfinite(mean_loss) & torch.isfinite(table.sum((1, 2)) + body.sum(1)).numpy()
-    for i, user in enumerate(users):
-        r = None if problem.rows is None or problem.counts is None else problem.rows[i, : problem.counts[i]]
-        rows = None if r is None else r.astype(np.int32)
-        change = Weights(table[i] if rows is None else table[i, : len(rows)], body[i])
-        yield Update(int(user), rows, change, int(events[i]), float(mean_loss[i]), bool(finite[i]))
-
-
-def _loss(experiment: Experiment, stacked: Weights, loss: Loss, problem: _Problem, step: int, round_: int) -> Tensor:
-    """Loss of each user in one local step, ``(C,)``."""
-    model, (users, events, lengths) = experiment.model, problem.windows
-    c, w = len(users), events.shape[-1] - 1
+def _loss(
+    experiment: Experiment, table: Tensor, parameters: dict[str, Tensor], problem: Problem, step: int, round_: int
+) -> Tensor:
+    """Loss of each user in one local step, ``(C,)``; weights shared or stacked, as the problem is numbered."""
+    model, (users, _, lengths) = experiment.model, problem.windows
     index = problem.events[:, step]  # (C, W + 1)
-    targets = index[:, 1:]
+    w = index.shape[1] - 1
     mask = torch.from_numpy(np.arange(1, w + 1) < lengths[:, step, None])  # (C, W)
     masks = None
     if model.dropout:
-        bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, users, dropout_sites(model) * w * model.dim)
-        masks = torch.from_numpy(keep_mask(bits, model.dropout)).view(c, -1, w, model.dim)
-    hidden = encode(model, named(model, stacked.body), _gather(stacked.table, index[:, :-1]), masks)  # (C, W, D)
+        shape = (len(users), w, dropout_sites(model), model.dim)
+        bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, users, shape[1] * shape[2] * shape[3])
+        masks = torch.from_numpy(keep_mask(bits, model.dropout)).view(shape)
+    embedded = _gather(table, index)  # (C, W + 1, D), inputs and, one later, targets
+    hidden = encode(model, parameters, embedded[:, :-1], masks)  # (C, W, D)
+    positive = (hidden * embedded[:, 1:]).sum(-1)  # (C, W)
     if experiment.loss.kind == "softmax":
-        return loss(Candidates(hidden, hidden @ stacked.table.mT, problem.allowed), targets, mask)
-    positive = (hidden * _gather(stacked.table, targets)).sum(-1)  # (C, W)
-    if problem.private is not None:
-        other = (hidden * _gather(stacked.table, problem.private[:, step])).sum(-1, keepdim=True)  # (C, W, 1)
-        return loss(Candidates(positive, other, problem.allowed[:, step]), targets, mask)
-    negative = hidden @ stacked.table[:, : problem.shared].mT  # (C, W, N)
-    return loss(Candidates(positive, negative, problem.allowed), targets, mask)
+        negative = hidden @ table.mT  # (C, W, I)
+    elif problem.private is not None:
+        other = _gather(table, problem.private[:, step])
+        negative = (hidden * other).sum(-1, keepdim=True) + problem.barred[:, step]  # (C, W, 1)
+    elif table.dim() == 2:
+        negative = (hidden @ table[: problem.negatives].T).add_(problem.barred)  # (C, W, N)
+    else:
+        negative = torch.baddbmm(problem.barred, hidden, table[:, : problem.negatives].mT)
+    loss = build_loss(experiment.loss, problem.catalogue)
+    return loss(Candidates(positive, negative), index[:, 1:], mask)
 
 
 def _gather(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of each user's table: ``(C, R, D)`` at ``(C, L)`` → ``(C, L, D)``."""
+    """Rows of a table, shared ``(R, D)`` or each user's own ``(C, R, D)``, at ``(C, L)`` → ``(C, L, D)``."""
+    if table.dim() == 2:
+        return F.embedding(index, table)
     c, r, d = table.shape
-    flat = index + torch.arange(c).unsqueeze(-1) * r
-    return F.embedding(flat, table.view(c * r, d))
-
-
-def _bytes_per_user(experiment: Experiment, bucket: Windows, catalogue: int) -> int:
-    """Working memory of one user in a chunk, an estimate: weights with gradients, activations, logits and masks."""
-    model, w = experiment.model, bucket.events.shape[-1] - 1
-    scored = catalogue if experiment.loss.kind == "softmax" else getattr(experiment.loss, "negatives", 1)
-    rows = catalogue if experiment.loss.kind == "softmax" else scored + bucket.events[0].size * 2
-    body = 12 * model.blocks * model.dim**2
-    activations = w * model.dim * (12 + 2 * model.ffn) * model.blocks
-    return int(4 * (3 * rows * model.dim + 3 * body + 2 * activations + 3 * w * scored))
+    return F.embedding(index + torch.arange(c).unsqueeze(-1) * r, table.view(c * r, d))

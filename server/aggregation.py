@@ -6,13 +6,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from numpy.typing import NDArray
 
 from common.config import FederationConfig
 from common.models.weights import Weights
-from common.wire import METRICS, UPDATE, number, whole_number
+from common.wire import METRICS, UPDATE, Pending, number, payload_bytes, pending_of, whole_number
 from server.roster import Roster
+
+
+class Explicit(NamedTuple):
+    """An update by its numbers."""
+
+    table: NDArray[np.float32]
+    body: NDArray[np.float32]
+    rows: NDArray[np.int32] | None
 
 
 class Reply(NamedTuple):
@@ -21,14 +29,10 @@ class Reply(NamedTuple):
     user: int
     events: int
     loss: float
-    table: NDArray[np.float32]
-    body: NDArray[np.float32]
-    rows: NDArray[np.int32] | None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its arrays."""
-        return self.table.nbytes + self.body.nbytes + (0 if self.rows is None else self.rows.nbytes)
+    update: Explicit | tuple[Pending, int]
+    """Its numbers, or where in this process they wait to be computed."""
+    bytes: int
+    """Size of its arrays."""
 
 
 class Rejected(Exception):  # noqa: N818 - a verdict on one reply, never raised further
@@ -56,33 +60,39 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
     if message.has_error():
         raise Rejected(f"refused: {message.error.reason or 'no reason given'}")
     try:
-        reply = _read(message)
+        arrays, metrics = message.content.array_records[UPDATE], message.content.metric_records[METRICS]
+        user, events = whole_number(metrics, "user"), whole_number(metrics, "events")
+        loss = number(metrics, "loss")
+        # What this process computes itself has been checked by its maker, and is not computed one by one.
+        update = pending_of(arrays) or _explicit(arrays)
+        size = payload_bytes(arrays)
     except (KeyError, TypeError, ValueError, EOFError) as fault:
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
-    if not roster.hosts(message.metadata.src_node_id, reply.user):
+    if not roster.hosts(message.metadata.src_node_id, user):
         raise Rejected("speaks for a user of another node")
-    items, dim = weights.table.shape
-    if reply.table.dtype != np.float32 or reply.body.dtype != np.float32:
-        raise Rejected("wrong dtype")
-    if reply.rows is not None and not _valid_rows(reply.rows, items):
-        raise Rejected("item rows outside the catalogue or repeated")
-    rows = items if reply.rows is None else len(reply.rows)
-    if reply.body.shape != tuple(weights.body.shape) or reply.table.shape != (rows, dim):
-        raise Rejected("wrong shape")
-    if reply.events < 0 or not np.isfinite(reply.loss):
+    if events < 0 or not np.isfinite(loss):
         raise Rejected("impossible event count or loss")
-    if not np.isfinite(reply.body.sum() + reply.table.sum()):  # a sum meets every number, and keeps what isn't finite
-        raise Rejected("not finite")
-    return reply
+    if isinstance(update, Explicit):
+        _check_numbers(update, weights)
+    return Reply(user, events, loss, update, size)
 
 
-def _read(message: Message) -> Reply:
-    arrays, metrics = message.content.array_records[UPDATE], message.content.metric_records[METRICS]
-    table, body = arrays["table"].numpy(), arrays["body"].numpy()
+def _explicit(arrays: ArrayRecord) -> Explicit:
     rows = arrays["rows"].numpy() if "rows" in arrays else None
-    return Reply(
-        whole_number(metrics, "user"), whole_number(metrics, "events"), number(metrics, "loss"), table, body, rows
-    )
+    return Explicit(arrays["table"].numpy(), arrays["body"].numpy(), rows)
+
+
+def _check_numbers(update: Explicit, weights: Weights) -> None:
+    table, body, rows = update
+    items, dim = weights.table.shape
+    if table.dtype != np.float32 or body.dtype != np.float32:
+        raise Rejected("wrong dtype")
+    if rows is not None and not _valid_rows(rows, items):
+        raise Rejected("item rows outside the catalogue or repeated")
+    if body.shape != tuple(weights.body.shape) or table.shape != (items if rows is None else len(rows), dim):
+        raise Rejected("wrong shape")
+    if not np.isfinite(body.sum() + table.sum()):  # a sum meets every number, and keeps what isn't finite
+        raise Rejected("not finite")
 
 
 def _valid_rows(rows: NDArray[np.int32], items: int) -> bool:
@@ -116,23 +126,51 @@ def weigh(replies: list[Reply], config: FederationConfig) -> NDArray[np.float32]
 def weighted_sum(replies: list[Reply], importance: NDArray[np.float32], weights: Weights) -> Weights:
     """Σ importance · update over the replies, of the global weights' shapes.
 
-    Sparse replies cost one indexed sum over all their rows together; the order is that of the replies, so no order of
-    arrival changes a bit.
+    The order is that of the replies, so no order of arrival changes a bit. Updates that wait in this process are summed
+    by their maker; sparse ones that came over a network in one indexed sum over all their rows together.
     """
-    scale = torch.from_numpy(importance)
-    body = scale @ torch.from_numpy(np.stack([reply.body for reply in replies]))  # (P,)
-    table = torch.zeros_like(weights.table)
-    sparse = [
-        (reply.rows, reply.table, float(w))
-        for reply, w in zip(replies, importance, strict=True)
-        if reply.rows is not None
-    ]
-    if sparse:
-        rows, values, scales = zip(*sparse, strict=True)
-        each = torch.tensor(scales).repeat_interleave(torch.tensor([len(part) for part in rows]))
-        flat = torch.from_numpy(np.concatenate(values)).mul_(each.unsqueeze(1))
-        table.index_add_(0, torch.from_numpy(np.concatenate(rows)).long(), flat)
-    for i, reply in enumerate(replies):
-        if reply.rows is None:
-            table.add_(torch.from_numpy(reply.table), alpha=float(importance[i]))
-    return Weights(table, body)
+    total = Weights(*(torch.zeros_like(part) for part in weights))
+    waiting: dict[Pending, list[tuple[int, float]]] = {}
+    explicit: list[tuple[Explicit, float]] = []
+    for reply, weight in zip(replies, importance.tolist(), strict=True):
+        if isinstance(reply.update, Explicit):
+            explicit.append((reply.update, weight))
+        else:
+            updates, i = reply.update
+            waiting.setdefault(updates, []).append((i, weight))
+    for updates, members in waiting.items():
+        _add(total, *updates.summed(_spread(members, len(updates))))
+    if explicit:
+        _add_explicit(total, explicit)
+    return total
+
+
+def _spread(members: list[tuple[int, float]], size: int) -> NDArray[np.float32]:
+    """Importance of each of `size` users, 0 for those whose reply isn't there."""
+    spread = np.zeros(size, dtype=np.float32)
+    for i, weight in members:
+        spread[i] = weight
+    return spread
+
+
+def _add(total: Weights, rows: NDArray[np.int64] | None, part: Weights) -> None:
+    total.body.add_(part.body)
+    if rows is None:
+        total.table.add_(part.table)
+    else:
+        total.table.index_add_(0, torch.from_numpy(rows), part.table)
+
+
+def _add_explicit(total: Weights, updates: list[tuple[Explicit, float]]) -> None:
+    scale = torch.tensor([weight for _, weight in updates])
+    body = scale @ torch.from_numpy(np.stack([update.body for update, _ in updates]))
+    rows, tables, scales = [np.zeros(0, dtype=np.int32)], [np.zeros((0, total.table.shape[1]), dtype=np.float32)], []
+    for update, weight in updates:
+        if update.rows is None:
+            total.table.add_(torch.from_numpy(update.table), alpha=weight)
+        else:
+            rows.append(update.rows)
+            tables.append(update.table)
+            scales.append(np.full(len(update.rows), weight, dtype=np.float32))
+    values = np.concatenate(tables) * np.concatenate([*scales, np.zeros(0, dtype=np.float32)])[:, None]
+    _add(total, np.concatenate(rows).astype(np.int64), Weights(torch.from_numpy(values), body))

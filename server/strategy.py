@@ -46,8 +46,8 @@ class FederatedRanking(Strategy):
         """Reasons for the replies left out of the last round, and how many each."""
 
     def arrays(self) -> ArrayRecord:
-        """The global weights as they travel, sharing memory."""
-        return pack(self.weights)
+        """The global weights as they travel: a copy, since steps are made in place while replies may still wait."""
+        return pack(Weights(*(part.clone() for part in self.weights)))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

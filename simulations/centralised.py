@@ -26,7 +26,7 @@ class Block(nn.Module):
         d = config.dim
         self.heads = config.heads
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, d * config.ffn), nn.Linear(d * config.ffn, d)
 
     def forward(self, x: Tensor, masks: Tensor | None) -> Tensor:
@@ -34,8 +34,7 @@ class Block(nn.Module):
         attended = self.out(self.attend(self.norm1(x)))
         x = x + (attended if masks is None else attended * masks[:, :, 0])
         fed = self.down(F.gelu(self.up(self.norm2(x))))
-        x = x + (fed if masks is None else fed * masks[:, :, 1])
-        return x
+        return x.add(fed if masks is None else fed * masks[:, :, 1])
 
     def attend(self, x: Tensor) -> Tensor:
         """Softmax attention by the book, the future masked out."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from common.config import ModelConfig
 from common.models.attention import multi_head
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Affine map with shared or stacked weights.
 
     Parameters
@@ -17,7 +18,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x : Tensor
         ``(C, L, in)``.
     weight, bias : Tensor
-        Shared ``(out, in)`` and ``(out,)``, or stacked ``(C, out, in)`` and ``(C, out)``.
+        Shared ``(out, in)`` and ``(out,)``, or stacked ``(C, out, in)`` and ``(C, out)``; the bias may be left away.
 
     Returns
     -------
@@ -26,14 +27,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
-    return bias.unsqueeze(-2).baddbmm(x, weight.mT) if x.dim() == 3 else x @ weight.mT + bias.unsqueeze(-2)
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450); arguments as in `linear`."""
     if weight.dim() == 1:
         return F.layer_norm(x, x.shape[-1:], weight, bias)
-    return F.layer_norm(x, x.shape[-1:]) * weight.unsqueeze(-2) + bias.unsqueeze(-2)
+    return torch.addcmul(bias.unsqueeze(-2), F.layer_norm(x, x.shape[-1:]), weight.unsqueeze(-2))
 
 
 def dropout_sites(config: ModelConfig) -> int:
@@ -56,7 +57,8 @@ def encode(config: ModelConfig, parameters: Mapping[str, Tensor], x: Tensor, mas
     x : Tensor
         Item embeddings of each window, right-padded, ``(C, L, D)``, L ≤ ``config.max_length``.
     masks : Tensor, optional
-        Scaled dropout masks ``(C, dropout_sites, L, D)``; none in evaluation.
+        Scaled dropout masks ``(C, L, dropout_sites, D)``; none in evaluation. Positions first, so that a longer padding
+        draws the same masks.
 
     Returns
     -------
@@ -64,22 +66,24 @@ def encode(config: ModelConfig, parameters: Mapping[str, Tensor], x: Tensor, mas
         ``(C, L, D)``; positions past a window's end hold finite numbers without meaning.
     """
 
-    def drop(y: Tensor, site: int) -> Tensor:
-        return y if masks is None else y * masks[:, site]
+    def add_dropped(x: Tensor, y: Tensor, site: int) -> Tensor:
+        return x + y if masks is None else torch.addcmul(x, y, masks[:, :, site])
 
     length = x.shape[-2]
-    x = drop(x * config.dim**0.5 + parameters["position"][..., :length, :], 0)  # (C, L, D)
+    x = torch.add(parameters["position"][..., :length, :], x, alpha=config.dim**0.5)  # (C, L, D)
+    x = x if masks is None else x * masks[:, :, 0]
     for block in range(config.blocks):
         p = {name: parameters[f"blocks.{block}.{name}"] for name in _BLOCK}
         h = layer_norm(x, p["norm1.weight"], p["norm1.bias"])
-        h = multi_head(linear(h, p["qkv.weight"], p["qkv.bias"]), config.heads)
-        x = x + drop(linear(h, p["out.weight"], p["out.bias"]), 2 * block + 1)
+        h = multi_head(linear(h, p["qkv.weight"]), config.heads)
+        x = add_dropped(x, linear(h, p["out.weight"], p["out.bias"]), 2 * block + 1)
         h = layer_norm(x, p["norm2.weight"], p["norm2.bias"])
         h = F.gelu(linear(h, p["up.weight"], p["up.bias"]))
-        x = x + drop(linear(h, p["down.weight"], p["down.bias"]), 2 * block + 2)
+        x = add_dropped(x, linear(h, p["down.weight"], p["down.bias"]), 2 * block + 2)
     return layer_norm(x, parameters["norm.weight"], parameters["norm.bias"])
 
 
-_BLOCK = tuple(
-    f"{layer}.{kind}" for layer in ("norm1", "qkv", "out", "norm2", "up", "down") for kind in ("weight", "bias")
+_BLOCK = (
+    "qkv.weight",
+    *(f"{layer}.{part}" for layer in ("norm1", "out", "norm2", "up", "down") for part in ("weight", "bias")),
 )

@@ -16,14 +16,14 @@ Loss = Callable[["Candidates", Tensor, Tensor], Tensor]
 
 
 class Candidates(NamedTuple):
-    """Scores of what the next event could have been; all for C users, L positions, N negatives."""
+    """Scores of what the next event could have been, for C users, L positions, N negatives."""
 
     positive: Tensor
     """Score of the event that came, ``(C, L)``; unused by `softmax`."""
     negative: Tensor
-    """Scores of the negatives, ``(C, L, N)``; of the whole catalogue for `softmax`."""
-    allowed: Tensor
-    """False where a negative is one of the user's own training items, broadcastable to `negative`."""
+    """Scores of the negatives, ``(C, L, N)``, −inf where one is among the user's own training items; of the whole
+    catalogue for `softmax`.
+    """
 
 
 def user_mean(per_position: Tensor, mask: Tensor) -> Tensor:
@@ -50,9 +50,8 @@ def softmax(candidates: Candidates, targets: Tensor, mask: Tensor) -> Tensor:
 
 def sampled_softmax(candidates: Candidates, targets: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy over the target and the allowed negatives; arguments as in `softmax`."""
-    negative = candidates.negative.masked_fill(~candidates.allowed, -torch.inf)
-    logits = torch.cat([candidates.positive.unsqueeze(-1), negative], dim=-1)  # (C, L, 1 + N)
-    return user_mean(logits.logsumexp(-1) - candidates.positive, mask)
+    logits = torch.cat([candidates.positive.unsqueeze(-1), candidates.negative], dim=-1)  # (C, L, 1 + N)
+    return softmax(Candidates(candidates.positive, logits), torch.zeros_like(targets), mask)
 
 
 def gbce_power(calibration: float, negatives: int, items: int) -> float:
@@ -65,7 +64,7 @@ def binary(power: float) -> Loss:
     """Binary cross-entropy with the positive's sigmoid raised to `power`; 1 is plain BCE, less is gBCE."""
 
     def loss(candidates: Candidates, targets: Tensor, mask: Tensor) -> Tensor:
-        negative = torch.where(candidates.allowed, F.softplus(candidates.negative), 0).sum(-1)  # (C, L)
+        negative = F.softplus(candidates.negative).sum(-1)  # (C, L); 0 at −inf
         return user_mean(power * F.softplus(-candidates.positive) + negative, mask)
 
     return loss

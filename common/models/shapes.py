@@ -28,7 +28,6 @@ def parameter_shapes(config: ModelConfig, items: int) -> dict[str, tuple[int, ..
             "norm1.weight": (d,),
             "norm1.bias": (d,),
             "qkv.weight": (3 * d, d),
-            "qkv.bias": (3 * d,),
             "out.weight": (d, d),
             "out.bias": (d,),
             "norm2.weight": (d,),

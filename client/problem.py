@@ -1,0 +1,109 @@
+"""One chunk of a cohort as a problem to solve: windows, negatives, and which row of which table each item is.
+
+Two numberings. In a *shared* problem all users read one table, of the rows that anybody here touches; in a *stacked*
+one each user has a table of its own, of the rows that it touches itself. With full softmax either is the whole
+catalogue.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client.batches import Windows
+from client.rows import Ints, localise, membership
+from common.config import Experiment, LossConfig
+from common.data.sequences import Sequences
+from common.seeding import generator, uniform_integers
+
+
+class Problem(NamedTuple):
+    """What C users train on, numbered for one kind of table."""
+
+    windows: Windows
+    """Users, lengths, and the windows' items by their catalogue indices."""
+    rows: Ints | None
+    """Catalogue indices of the table's rows: ``(R,)`` shared, ``(C, R)`` stacked (0 where unused); none
+    for the whole catalogue.
+    """
+    counts: Ints
+    """Rows that each user touches, ``(C,)``."""
+    events: Tensor
+    """Table rows of the windows' items, ``(C, S, W + 1)`` int64."""
+    negatives: int
+    """So many rows at the table's start are the negatives that all users share; 0 for `softmax` and `bce`."""
+    private: Tensor | None
+    """Table rows of one negative per position, ``(C, S, W)``, for `bce`."""
+    catalogue: int
+    """Number of items I."""
+    barred: Tensor
+    """−inf where a negative is one of the user's training items, else 0: ``(C, 1, N)`` or ``(C, S, W, 1)``."""
+
+
+def shared_negatives(loss: LossConfig, seed: int, round_: int, catalogue: int) -> Ints:
+    """The round's negatives: sorted, distinct, uniform over the catalogue, from the public seed; ``(N,)``."""
+    wanted = getattr(loss, "negatives", 0)
+    rng = generator(seed, "negatives", round_)
+    return np.sort(rng.choice(catalogue, min(wanted, catalogue), replace=False)).astype(np.int64)
+
+
+def pose(
+    experiment: Experiment, sequences: Sequences, chunk: Windows, round_: int, catalogue: int
+) -> tuple[Problem, Problem]:
+    """The shared and the stacked problem of a chunk.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Loss and seed.
+    sequences : Sequences
+        For the training items of the chunk's users, which are never negatives.
+    chunk : Windows
+        What the users train on.
+    round_ : int
+        With the seed, and for private negatives each user, the key of the negatives.
+    catalogue : int
+        Number of items.
+    """
+    loss, (users, events, lengths) = experiment.loss, chunk
+    c, s, w = events.shape[0], events.shape[1], events.shape[2] - 1
+    if loss.kind == "softmax":
+        nothing = torch.zeros(1, 1, 1)
+        whole = Problem(chunk, None, np.full(c, catalogue), torch.from_numpy(events), 0, None, catalogue, nothing)
+        return whole, whole
+    trained, owner = sequences.events(users, sequences.stops(users, "train")[0])
+    real: NDArray[np.bool_] = np.arange(w + 1) < lengths[..., None]  # (C, S, W + 1)
+    if loss.kind == "bce":
+        negatives = np.zeros(0, dtype=np.int64)
+        drawn = uniform_integers(experiment.seed, "private-negatives", round_, users, s * w, catalogue)
+        own = membership(owner, trained, drawn, catalogue).reshape(c, s, w, 1)
+        items = np.concatenate([events, drawn.reshape(c, s, w)], axis=-1)  # (C, S, 2W + 1)
+        real = np.concatenate([real, real[..., 1:]], axis=-1)
+    else:
+        negatives = shared_negatives(loss, experiment.seed, round_, catalogue)
+        tiled = np.broadcast_to(negatives, (c, len(negatives)))
+        own = membership(owner, trained, tiled, catalogue).reshape(c, 1, -1)
+        items = events
+    touched = localise(items, real, negatives, catalogue)
+    n = len(negatives)
+    used = np.arange(touched.rows.shape[1]) < touched.counts[:, None]  # (C, R)
+    others = np.unique(touched.rows[:, n:][used[:, n:]])  # no negatives among them: these have rows of their own
+    catalogue_index = np.take_along_axis(touched.rows, touched.local.reshape(c, -1), axis=1).reshape(
+        touched.local.shape
+    )
+    common = np.where(touched.local < n, touched.local, n + np.searchsorted(others, catalogue_index))
+    facts = chunk, touched.counts, n, catalogue, torch.from_numpy(np.where(own, -np.inf, 0).astype(np.float32))
+    return _numbered(np.concatenate([negatives, others]), common, *facts), _numbered(
+        touched.rows, touched.local, *facts
+    )
+
+
+def _numbered(
+    rows: Ints, items: Ints, chunk: Windows, counts: Ints, negatives: int, catalogue: int, barred: Tensor
+) -> Problem:
+    width = chunk.events.shape[2]
+    index = torch.from_numpy(items)
+    private = index[..., width:] if items.shape[2] > width else None
+    return Problem(chunk, rows, counts, index[..., :width], negatives, private, catalogue, barred)

@@ -1,0 +1,193 @@
+"""Chunks of a cohort in worker processes of this machine.
+
+A chunk is a pure function of its users, the round and the weights, and chunks are summed in the order of the plan: the
+number of workers changes nothing but the time. What crosses between processes is a chunk's weighted sum; a single
+update is computed again where somebody asks for it.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import multiprocessing
+
+from client.evaluation import Ranking, rank
+from client.rows import Ints
+from client.training import plan, train_chunk
+from common.config import Experiment
+from common.data.sequences import Sequences, Split
+from common.models.weights import Weights, body_size
+
+Floats = NDArray[np.float32]
+RANK_USERS = 1024
+"""Users ranked in one task."""
+
+
+class Numbers(NamedTuple):
+    """What a worker tells of a chunk: arrays only, as in `client.training.Updates`."""
+
+    users: Ints
+    events: Ints
+    losses: Floats
+    finite: NDArray[np.bool_]
+    counts: Ints
+    expected: Floats
+    rows: Ints | None
+    table: Floats
+    body: Floats
+
+
+class Worker:
+    """One process's side: the data opened, ready to train and rank for any weights."""
+
+    def __init__(self, experiment: str, folder: str):
+        torch.set_num_threads(1)
+        self.experiment = Experiment.model_validate_json(experiment)
+        self.sequences = Sequences.open(Path(folder))
+
+    def solve(self, weights: Weights, users: Ints, round_: int, importance: Floats | None) -> Numbers:
+        """Train a chunk and sum its updates, by default as the server is expected to weigh them."""
+        updates = train_chunk(self.experiment, weights, self.sequences, users, round_)
+        rows, total = updates.summed(updates.expected if importance is None else importance)
+        facts = updates.users, updates.events, updates.losses, updates.finite, updates.counts, updates.expected
+        return Numbers(*facts, rows, total.table.numpy(), total.body.numpy())
+
+    def single(self, weights: Weights, users: Ints, round_: int, i: int) -> tuple[NDArray[np.int32], Floats, Floats]:
+        """One user's update: its rows, and the change of these and of the body."""
+        updates = train_chunk(self.experiment, weights, self.sequences, users, round_)
+        change = updates.one(i)
+        return updates.rows(i), change.table.numpy(), change.body.numpy()
+
+    def rank(self, weights: Weights, users: Ints, split: Split) -> Ranking:
+        """Ranks of held-out items."""
+        return rank(self.experiment, weights, self.sequences, users, split)
+
+
+class Pool(Protocol):
+    """Several workers."""
+
+    def load(self, weights: Weights) -> None:
+        """Make these the weights of all tasks from now on."""
+
+    def submit(self, task: str, *arguments: Any) -> "Future[Any]":
+        """Ask for a method of `Worker` with the loaded weights."""
+
+    def close(self) -> None:
+        """End the workers."""
+
+
+class ProcessPool:
+    """Workers on this machine, one thread each; the weights lie in memory that all share."""
+
+    def __init__(self, experiment: Experiment, folder: Path, items: int, workers: int):
+        self._weights = Weights(
+            torch.zeros(items, experiment.model.dim).share_memory_(),
+            torch.zeros(body_size(experiment.model)).share_memory_(),
+        )
+        self._executor = ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_open,
+            initargs=(experiment.model_dump_json(), str(folder), self._weights),
+        )
+
+    def load(self, weights: Weights) -> None:
+        """As in `Pool`; nobody may be at work meanwhile."""
+        for shared, part in zip(self._weights, weights, strict=True):
+            shared.copy_(part)
+
+    def submit(self, task: str, *arguments: Any) -> "Future[Any]":
+        """As in `Pool`."""
+        return self._executor.submit(_work, task, *arguments)
+
+    def close(self) -> None:
+        """As in `Pool`."""
+        self._executor.shutdown(cancel_futures=True)
+
+
+def _open(experiment: str, folder: str, weights: Weights) -> None:
+    _here()["worker"], _here()["weights"] = Worker(experiment, folder), weights
+
+
+@cache
+def _here() -> dict[str, Any]:
+    """What this worker process holds."""
+    return {}
+
+
+def _work(task: str, *arguments: Any) -> Any:
+    return getattr(_here()["worker"], task)(_here()["weights"], *arguments)
+
+
+class RemoteUpdates:
+    """Updates of a chunk that a worker trained; the `common.wire.Pending` of this module."""
+
+    def __init__(self, team: "Team", weights: Weights, round_: int, numbers: Numbers):
+        self._team, self._weights, self._round, self._numbers = team, weights, round_, numbers
+        self.users, self.events, self.losses = numbers.users, numbers.events, numbers.losses
+        self.finite, self.counts, self.whole = numbers.finite, numbers.counts, numbers.rows is None
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def rows(self, i: int) -> NDArray[np.int32]:
+        """Catalogue indices of the rows that the i-th user sends."""
+        rows: NDArray[np.int32] = self._single(i)[0]
+        return rows
+
+    def one(self, i: int) -> Weights:
+        """Change of the i-th user's rows and of the body."""
+        return Weights(*map(torch.from_numpy, self._single(i)[1:]))
+
+    def summed(self, importance: Floats) -> tuple[Ints | None, Weights]:
+        """As in `client.training.Updates`."""
+        numbers = self._numbers
+        if not np.array_equal(importance, numbers.expected):
+            numbers = self._team.ask(self._weights, "solve", self.users, self._round, importance)
+        return numbers.rows, Weights(torch.from_numpy(numbers.table), torch.from_numpy(numbers.body))
+
+    def _single(self, i: int) -> Any:
+        return self._team.ask(self._weights, "single", self.users, self._round, i)
+
+
+class Team:
+    """A pool as the client code sees it: trains and ranks like `client.training.train` and `client.evaluation.rank`."""
+
+    def __init__(self, pool: Pool):
+        self._pool = pool
+        self._loaded: Weights | None = None
+
+    def train(
+        self, experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int
+    ) -> Iterator[RemoteUpdates]:
+        """As `client.training.train`, chunks side by side."""
+        self._load(weights)
+        chunks = plan(experiment, sequences, users, len(weights.table))
+        tasks = [self._pool.submit("solve", chunk, round_, None) for chunk in chunks]
+        for task in tasks:
+            yield RemoteUpdates(self, weights, round_, task.result())
+
+    def rank(
+        self, experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: Split
+    ) -> Ranking:
+        """As `client.evaluation.rank`, slices of users side by side."""
+        self._load(weights)
+        parts = [users[start : start + RANK_USERS] for start in range(0, len(users), RANK_USERS)]
+        tasks = [self._pool.submit("rank", part, split) for part in parts]
+        results = [task.result() for task in tasks]
+        return Ranking(*(np.concatenate(part) for part in zip(*results, strict=True)))
+
+    def ask(self, weights: Weights, task: str, *arguments: Any) -> Any:
+        """One task for the given weights, and wait for it."""
+        self._load(weights)
+        return self._pool.submit(task, *arguments).result()
+
+    def _load(self, weights: Weights) -> None:
+        if self._loaded is not weights:
+            self._pool.load(weights)
+            self._loaded = weights
