@@ -1,9 +1,11 @@
 """What a client process holds: the experiment, and the histories of the users whose device it plays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context
 
 from common.config import Experiment, experiment_hash
@@ -32,6 +34,12 @@ class Device:
     def fingerprint(self) -> str:
         """Hash of the experiment; a message of another experiment is refused."""
         return experiment_hash(self.experiment)
+
+    def damaged(self, users: Sequence[int]) -> set[int]:
+        """Which of these users have events on items outside the catalogue; reads only theirs."""
+        cohort = np.array(users, dtype=np.int64)
+        items, rows = self.sequences.events(cohort, self.sequences.offsets[cohort + 1])
+        return set(cohort[rows[(items < 0) | (items >= self.catalogue.items)]].tolist())
 
     @classmethod
     def open(cls, experiment: Experiment, folder: Path) -> "Device":

@@ -90,10 +90,12 @@ def mask_seen(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints) ->
 def target_ranks(scored: Tensor, targets: Tensor) -> Ranks:
     """Rank of each row's target, ties at their expectation; ``(B, I), (B,) → (B,)``.
 
-    A target without a finite score ranks last: a broken model gains nothing.
+    A target without a finite score ranks last, and a rival whose score is NaN counts as better: a broken model gains
+    nothing.
     """
     own = scored.gather(1, targets.unsqueeze(1))  # (B, 1)
-    ranks = expected_ranks((scored > own).sum(-1).numpy(), (scored == own).sum(-1).numpy() - 1)
+    better = scored.shape[1] - (scored <= own).sum(-1)  # NaN is not at most anything
+    ranks = expected_ranks(better.numpy(), (scored == own).sum(-1).numpy() - 1)
     return np.where(torch.isfinite(own.squeeze(1)).numpy(), ranks, scored.shape[1])
 
 

@@ -63,16 +63,18 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
 
 def handle_query(messages: Sequence[Message], users: Sequence[int], device: Device) -> list[Message]:
     """Say who lives here and how large the public catalogue is; arguments and result as in `handle_train`."""
-    facts = [{"user": int(user), "items": device.catalogue.items} for user in users]
-    return [_metrics_reply(message, fact) for message, fact in zip(messages, facts, strict=True)]
+    asked, replies = _known(messages, users, device)
+    for i in asked:
+        replies[i] = _metrics_reply(messages[i], {"user": int(users[i]), "items": device.catalogue.items})
+    return _complete(messages, replies)
 
 
 HANDLERS: dict[str, Handler] = {"train": handle_train, "evaluate": handle_evaluate, "query": handle_query}
 """Handler by Flower's message type."""
 
 
-def _admit(messages: Sequence[Message], users: Sequence[int], device: Device) -> tuple[list[int], list[Message | None]]:
-    """Positions of the messages that may be served; the others get an error reply at once."""
+def _known(messages: Sequence[Message], users: Sequence[int], device: Device) -> tuple[list[int], list[Message | None]]:
+    """Positions of the messages that are of this experiment and for users of this device; refusals for the others."""
     replies: list[Message | None] = [None] * len(messages)
     known, asked = device.fingerprint, []
     for i, (message, user) in enumerate(zip(messages, users, strict=True)):
@@ -84,6 +86,16 @@ def _admit(messages: Sequence[Message], users: Sequence[int], device: Device) ->
         else:
             asked.append(i)
     return asked, replies
+
+
+def _admit(messages: Sequence[Message], users: Sequence[int], device: Device) -> tuple[list[int], list[Message | None]]:
+    """As `_known`, without the users whose events would break off the work for all."""
+    asked, replies = _known(messages, users, device)
+    damaged = device.damaged([users[i] for i in asked])
+    for i in asked:
+        if users[i] in damaged:
+            replies[i] = _refusal(messages[i], "events on items outside the catalogue")
+    return [i for i in asked if replies[i] is None], replies
 
 
 def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) -> list[Message]:

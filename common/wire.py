@@ -49,6 +49,10 @@ class LazyArray(Array):
         values: NDArray[np.generic] = self.__dict__["values"]
         return values
 
+    def __reduce__(self) -> tuple[type[Array], tuple[str, tuple[int, ...], str, bytes]]:
+        """Pickled, as between Ray's processes, it is a plain Array: its class cannot be found by its borrowed name."""
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
 
 LazyArray.__qualname__ = "Array"  # Flower writes the class's name into what it sends, and looks it up on arrival
 

@@ -14,6 +14,9 @@ from common.models.weights import Weights
 from common.wire import METRICS, UPDATE, number, whole_number
 from server.roster import Roster
 
+LARGEST = 1e6
+"""Largest norm of an update; beyond it training on the device has diverged, or the numbers are made up."""
+
 
 class Reply(NamedTuple):
     """A checked update."""
@@ -51,13 +54,13 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
     ------
     Rejected
         Where the client refused or speaks for a user of another node, or where a tensor is missing, misshapen, of a
-        wrong type or not finite.
+        wrong type, not finite or larger than `LARGEST`.
     """
     if message.has_error():
         raise Rejected(f"refused: {message.error.reason or 'no reason given'}")
     try:
         reply = _read(message)
-    except (KeyError, TypeError, ValueError, EOFError) as fault:
+    except Exception as fault:  # numpy reads headers as Python, so a stranger's bytes can raise nearly anything
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
     if not roster.hosts(message.metadata.src_node_id, reply.user):
         raise Rejected("speaks for a user of another node")
@@ -69,19 +72,25 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
     rows = items if reply.rows is None else len(reply.rows)
     if reply.body.shape != tuple(weights.body.shape) or reply.table.shape != (rows, dim):
         raise Rejected("wrong shape")
-    if reply.events < 0 or not np.isfinite(reply.loss):
+    if not 0 <= reply.events < 2**31 or not np.isfinite(reply.loss):
         raise Rejected("impossible event count or loss")
-    if not np.isfinite(reply.body.sum() + reply.table.sum()):  # a sum meets every number, and keeps what isn't finite
-        raise Rejected("not finite")
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.vdot(reply.body, reply.body) + np.vdot(reply.table, reply.table)
+    if not squares <= LARGEST**2:  # nor is NaN
+        raise Rejected("not finite or too large")
     return reply
 
 
 def _read(message: Message) -> Reply:
-    arrays, metrics = message.content.array_records[UPDATE], message.content.metric_records[METRICS]
-    table, body = arrays["table"].numpy(), arrays["body"].numpy()
-    rows = arrays["rows"].numpy() if "rows" in arrays else None
+    records, metrics = message.content.array_records[UPDATE], message.content.metric_records[METRICS]
+    arrays = {name: np.asarray(array.numpy()) for name, array in records.items()}  # an archive becomes an odd array
     return Reply(
-        whole_number(metrics, "user"), whole_number(metrics, "events"), number(metrics, "loss"), table, body, rows
+        whole_number(metrics, "user"),
+        whole_number(metrics, "events"),
+        float(number(metrics, "loss")),
+        arrays["table"],
+        arrays["body"],
+        arrays.get("rows"),
     )
 
 

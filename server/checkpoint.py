@@ -139,7 +139,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path.open("rb").close()
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["hushrec"])
+            facts = {**json.loads((file.metadata() or {})["hushrec"])}
             return {name: file.get_tensor(name).clone() for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as fault:
+    except (SafetensorError, KeyError, ValueError, TypeError) as fault:
         raise StateError(f"{path}: not a file of hushrec, or a truncated one ({fault})") from fault
