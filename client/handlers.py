@@ -106,8 +106,8 @@ def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) ->
 
 
 def _update_reply(message: Message, updates: Updates, i: int, weights: Weights) -> Message:
-    if not updates.finite[i]:
-        return _refusal(message, "training gave numbers that are not finite")
+    if not updates.sound[i]:
+        return _refusal(message, "training diverged: numbers not finite or too large")
     facts = {"user": int(updates.users[i]), "events": int(updates.events[i]), "loss": float(updates.losses[i])}
     update = pending_update(updates, i, tuple(weights.body.shape), weights.table.shape[1])
     return Message(RecordDict({UPDATE: update, METRICS: MetricRecord({**facts})}), reply_to=message)

@@ -78,7 +78,7 @@ def pose(
     if loss.kind == "bce":
         negatives = np.zeros(0, dtype=np.int64)
         drawn = uniform_integers(experiment.seed, "private-negatives", round_, users, s * w, catalogue)
-        own = membership(owner, trained, drawn, catalogue).reshape(c, s, w, 1)
+        own: NDArray[np.bool_] = membership(owner, trained, drawn, catalogue).reshape(c, s, w, 1)
         items = np.concatenate([events, drawn.reshape(c, s, w)], axis=-1)  # (C, S, 2W + 1)
         real = np.concatenate([real, real[..., 1:]], axis=-1)
     else:

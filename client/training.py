@@ -26,6 +26,7 @@ from common.models.encoder import dropout_sites, encode
 from common.models.losses import Candidates, build_loss
 from common.models.weights import Weights, body_shapes, named
 from common.seeding import keep_mask, uniform_bits
+from common.wire import LARGEST
 
 
 class Updates:
@@ -66,14 +67,14 @@ class Updates:
             """Mean loss of each user over its local steps, each before its step, ``(C,)``."""
 
     @cached_property
-    def finite(self) -> NDArray[np.bool_]:
-        """Whether all numbers of a user are, ``(C,)``; an update that isn't finite is worth nothing."""
+    def sound(self) -> NDArray[np.bool_]:
+        """Whether a user's update is finite and not absurdly large, ``(C,)``; else it is worth nothing."""
         if self._sum is not None:
             return np.ones(len(self.users), dtype=bool)
         (table, body), losses = self._stacked
-        # A sum meets every number, and whatever is not finite makes it so: one pass instead of one test per user.
-        finite: NDArray[np.bool_] = np.isfinite(losses) & torch.isfinite(table.sum((1, 2)) + body.sum(1)).numpy()
-        return finite
+        norms = torch.hypot(torch.linalg.vector_norm(table, dim=(1, 2)), torch.linalg.vector_norm(body, dim=1))
+        sound: NDArray[np.bool_] = np.isfinite(losses) & (norms <= LARGEST).numpy()  # NaN is not at most anything
+        return sound
 
     def __len__(self) -> int:
         """Number of users."""
@@ -115,7 +116,7 @@ class Updates:
     def _shared_step(self) -> Weights | None:
         """Weighted sum of all updates, of the shared problem's rows.
 
-        None where something isn't finite, since one user would spoil everybody's.
+        None where something isn't finite or is too large, since one user would spoil everybody's.
         """
         table, body = self._weights
         rows = table if self._shared.rows is None else table[torch.from_numpy(self._shared.rows)]
@@ -129,7 +130,7 @@ class Updates:
         gradients = torch.autograd.grad((losses * torch.from_numpy(self.expected)).sum(), here)
         lr = self._experiment.federation.local.lr
         total = Weights(*(gradient.mul_(-lr) for gradient in gradients))
-        return total if torch.isfinite(total.table.sum() + total.body.sum()) else None
+        return total if torch.hypot(*map(torch.linalg.vector_norm, total)) <= LARGEST else None
 
     @cached_property
     def _stacked(self) -> tuple[Weights, NDArray[np.float32]]:

@@ -26,6 +26,10 @@ REFUSED = 1
 """Error code of a reply from a client that did not train or evaluate; the reason says why."""
 
 
+LARGEST = 1e6
+"""Largest norm of an update; beyond it training on the device has diverged, or the numbers are made up."""
+
+
 class Pending(Protocol):
     """Updates of several users that live in this process: single ones, or a weighted sum, are computed when asked for.
 

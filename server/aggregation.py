@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from common.config import FederationConfig
 from common.models.weights import Weights
-from common.wire import METRICS, UPDATE, Pending, number, payload_bytes, pending_of, whole_number
+from common.wire import LARGEST, METRICS, UPDATE, Pending, number, payload_bytes, pending_of, whole_number
 from server.roster import Roster
-
 
 class Explicit(NamedTuple):
     """An update by its numbers."""
@@ -55,31 +54,31 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
     ------
     Rejected
         Where the client refused or speaks for a user of another node, or where a tensor is missing, misshapen, of a
-        wrong type or not finite.
+        wrong type, not finite or larger than `LARGEST`.
     """
     if message.has_error():
         raise Rejected(f"refused: {message.error.reason or 'no reason given'}")
     try:
         arrays, metrics = message.content.array_records[UPDATE], message.content.metric_records[METRICS]
         user, events = whole_number(metrics, "user"), whole_number(metrics, "events")
-        loss = number(metrics, "loss")
+        loss = float(number(metrics, "loss"))
         # What this process computes itself has been checked by its maker, and is not computed one by one.
         update = pending_of(arrays) or _explicit(arrays)
         size = payload_bytes(arrays)
-    except (KeyError, TypeError, ValueError, EOFError) as fault:
+    except Exception as fault:  # numpy reads headers as Python, so a stranger's bytes can raise nearly anything
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
     if not roster.hosts(message.metadata.src_node_id, user):
         raise Rejected("speaks for a user of another node")
-    if events < 0 or not np.isfinite(loss):
+    if not 0 <= events < 2**31 or not np.isfinite(loss):
         raise Rejected("impossible event count or loss")
     if isinstance(update, Explicit):
         _check_numbers(update, weights)
     return Reply(user, events, loss, update, size)
 
 
-def _explicit(arrays: ArrayRecord) -> Explicit:
-    rows = arrays["rows"].numpy() if "rows" in arrays else None
-    return Explicit(arrays["table"].numpy(), arrays["body"].numpy(), rows)
+def _explicit(records: ArrayRecord) -> Explicit:
+    arrays = {name: np.asarray(array.numpy()) for name, array in records.items()}  # an archive becomes an odd array
+    return Explicit(arrays["table"], arrays["body"], arrays.get("rows"))
 
 
 def _check_numbers(update: Explicit, weights: Weights) -> None:
@@ -91,8 +90,10 @@ def _check_numbers(update: Explicit, weights: Weights) -> None:
         raise Rejected("item rows outside the catalogue or repeated")
     if body.shape != tuple(weights.body.shape) or table.shape != (items if rows is None else len(rows), dim):
         raise Rejected("wrong shape")
-    if not np.isfinite(body.sum() + table.sum()):  # a sum meets every number, and keeps what isn't finite
-        raise Rejected("not finite")
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.vdot(body, body) + np.vdot(table, table)
+    if not squares <= LARGEST**2:  # nor is NaN
+        raise Rejected("not finite or too large")
 
 
 def _valid_rows(rows: NDArray[np.int32], items: int) -> bool:

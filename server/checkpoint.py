@@ -101,7 +101,7 @@ def load(path: Path, experiment: Experiment) -> State:
 def save_model(path: Path, weights: Weights, experiment: Experiment) -> None:
     """Write a trained model by parameter names, with its experiment in the header; atomically."""
     tensors = {ITEM_TABLE: weights.table} | named(experiment.model, weights.body)
-    _write(path, tensors, {"format": FORMAT, "experiment": experiment.model_dump(mode="json")})
+    _write(path, tensors, {"format": FORMAT, "experiment": experiment.model_dump(mode="json", exclude={"runtime"})})
 
 
 def load_model(path: Path, experiment: Experiment, items: int) -> Weights:
@@ -139,7 +139,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path.open("rb").close()
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["hushrec"])
+            facts = {**json.loads((file.metadata() or {})["hushrec"])}
             return {name: file.get_tensor(name).clone() for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError) as fault:
-        raise StateError(f"{path}: not a file of hushrec, or a truncated one ({fault})") from fault
+    except (SafetensorError, KeyError, ValueError, TypeError) as fault:
+        raise StateError(f"{path}: not a file of hushrec, or a truncated one ({fault}); restore it, or remove it and start again") from fault

@@ -56,6 +56,8 @@ class Roster:
             Where no node answers, users are missing or twice, or catalogues differ.
         """
         nodes = _settled(grid, wait)
+        if not nodes:
+            raise StateError(f"no node came within {wait:.0f} s")
         asked = nodes[:1] if isinstance(nodes, range) else nodes
         content = RecordDict({ROUND: ConfigRecord({"experiment": fingerprint})})
         replies = list(grid.send_and_receive([Message(content, node, "query") for node in asked], timeout=600))
@@ -64,14 +66,19 @@ class Roster:
             raise StateError(
                 f"{len(failed)} of {len(asked)} nodes could not say who lives there: {failed[0].error.reason}"
             )
-        said = [(reply.content.metric_records[METRICS], reply.metadata.src_node_id) for reply in replies]
-        answers = {whole_number(facts, "user"): node for facts, node in said}
-        catalogues = sorted({whole_number(facts, "items") for facts, _ in said})
+        if len(replies) < len(asked):
+            raise StateError(f"{len(asked) - len(replies)} of {len(asked)} nodes did not say who lives there")
+        try:
+            said = [(reply.content.metric_records[METRICS], reply.metadata.src_node_id) for reply in replies]
+            answers = {whole_number(facts, "user"): node for facts, node in said}
+            catalogues = sorted({whole_number(facts, "items") for facts, _ in said})
+        except (KeyError, TypeError) as fault:
+            raise StateError(f"a node answered nonsense when asked who lives there ({fault})") from fault
         if len(catalogues) != 1:
             raise StateError(f"the nodes do not agree on one catalogue; sizes found: {catalogues}")
         if isinstance(nodes, range):
             return cls(nodes, catalogues[0])
-        if sorted(answers) != list(range(len(replies))):
+        if sorted(answers) != list(range(len(asked))):
             raise StateError(f"{len(replies)} nodes answered with users {min(answers)} … {max(answers)}, not one each")
         return cls([answers[user] for user in range(len(answers))], catalogues[0])
 
@@ -88,8 +95,6 @@ def _settled(grid: Grid, wait: float) -> Sequence[int]:
         now = list(grid.get_node_ids())
         if len(now) != len(known):
             known, quiet_since = now, time.monotonic()
-    if not known:
-        raise StateError(f"no node came within {wait:.0f} s")
     return known
 
 

@@ -97,7 +97,8 @@ class FederatedRanking(Strategy):
                 user, rank = whole_number(said, "user"), number(said, "rank")
                 if self.roster.hosts(reply.metadata.src_node_id, user) and 1 <= rank <= self.roster.items:
                     full[user] = rank
-                    sampled[user] = number(said, "rank_sampled")
+                    few = number(said, "rank_sampled")
+                    sampled[user] = few if 1 <= few <= self.roster.items else np.nan
         return full, sampled
 
     def quality(self, ranks: tuple[NDArray[np.float64], NDArray[np.float64]]) -> dict[str, float]:

@@ -1,12 +1,15 @@
 """The command `hushrec`: verbs only. Torch and Flower are imported by the verbs that need them: help comes at once."""
 
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.exceptions import ClickException
+from click.exceptions import ClickException, NoArgsIsHelpError
+from click.exceptions import UsageError as BadCommandLine
 from rich.console import Console
 
 from common.config import Experiment
@@ -45,32 +48,27 @@ def run(
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Train, validate and test an experiment, or resume one."""
+    """Train, validate and test an experiment, or resume one.
+
+    [dim]hushrec run configs/quickstart.yaml federation.rounds=50 --out runs/first[/]
+    """
+    if resume and config and "=" in str(config):  # with --resume no YAML is named, so it is the first override
+        config, overrides = None, [str(config), *(overrides or [])]
     if (config is None) == (resume is None):
         raise UsageError("name an experiment's YAML file, or --resume DIR; one of the two")
     if resume and out:
         raise UsageError("--out: a resumed run stays in its own directory; leave it away")
     from simulations import rundir
 
-    # A resumed run takes overrides only of what may not change its results; the checkpoint's fingerprint sees to that.
     experiment = _load(config, overrides) if config else rundir.reopen(resume or Path(), overrides or [])
     folder = resume or rundir.create(experiment, out)
-    result = rundir.result(folder) or {}
-    if not result:
-        from simulations.runner import run as run_experiment
-
-        try:
-            result = run_experiment(experiment, folder, _talk(as_json, quiet), resume is not None)
-        except Interrupted as stop:
-            _interrupted(str(stop), folder, as_json)
-        except KeyboardInterrupt:
-            _interrupted("stopped at once", folder, as_json)
+    result = rundir.result(folder) or _train(experiment, folder, resume is not None, quiet, as_json)
     if as_json:
         _print_json(result)
     else:
         from simulations.report import render
 
-        render(Console(), result)
+        render(_Screen(), result)
 
 
 @app.command()
@@ -89,7 +87,7 @@ def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     if as_json:
         _print_json({"experiment": experiment.model_dump(mode="json"), "forecast": cost})
     else:
-        Console().print(render(cost))
+        _Screen().print(render(cost))
 
 
 @app.command()
@@ -125,7 +123,7 @@ def evaluate(
     else:
         from simulations.report import render_evaluation
 
-        render_evaluation(Console(), figures)
+        render_evaluation(_Screen(), figures)
 
 
 @app.command()
@@ -135,7 +133,7 @@ def recommend(
     history: Annotated[
         str | None, typer.Option(help="ITEM,ITEM,… in time order, for anybody.", show_default=False)
     ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, max=1000, help="How many.")] = 10,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Recommend items to a user; what the user had before is left out."""
@@ -150,7 +148,7 @@ def recommend(
     else:
         from simulations.report import render_items
 
-        render_items(Console(), items)
+        render_items(_Screen(), items)
 
 
 @data_app.command("prepare")
@@ -172,7 +170,7 @@ def data_describe(config: Config, overrides: Overrides = None, as_json: AsJson =
     else:
         from simulations.report import render_data
 
-        render_data(Console(), facts)
+        render_data(_Screen(), facts)
 
 
 @data_app.command("download")
@@ -191,21 +189,53 @@ def main() -> None:
     """Entry point: a fault that people can mend is one line and an exit code, never a traceback."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    code: object = 0
     try:
         code = app(standalone_mode=False)
+    except Interrupted as stop:
+        code = stop.exit_code
+        typer.echo(str(stop), err=True)
     except HushrecError as fault:
-        for line in str(fault).splitlines():
-            typer.echo(f"error: {line}", err=True)
+        code = _explain(str(fault), fault.exit_code)
+    except NoArgsIsHelpError as fault:
         code = fault.exit_code
-    except ClickException as fault:
         fault.show()
-        code = fault.exit_code
-    except KeyboardInterrupt:
-        code = Interrupted.exit_code
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code if isinstance(code, int) else 0)
+    except ClickException as fault:
+        verb = fault.ctx.command_path if isinstance(fault, BadCommandLine) and fault.ctx else "hushrec"
+        code = _explain(f"{fault.format_message().rstrip('.')} (see {verb} --help)", fault.exit_code)
+    except MemoryError as fault:
+        code = _explain(f"out of memory: {fault}; lower model.dim, data.items or federation.cohort", 1)
+    except OSError as fault:
+        if fault.filename is None:  # a write to stdout failed, as on a full disk
+            _hush(sys.stdout.fileno())
+        code = _explain(f"{fault.filename or 'standard output'}: {fault.strerror}", 1)
+    except SystemExit:  # click's answer where the reader of stdout, such as `head`, has seen enough
+        _hush(sys.stdout.fileno())
+    return code if isinstance(code, int) else 0
+
+
+def _explain(text: str, exit_code: int) -> int:
+    for line in text.splitlines():
+        typer.echo(f"error: {line}", err=True)
+    return exit_code
+
+
+class _Screen(Console):
+    """A console whose reader, such as `head`, may leave before the end; the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _hush(self.file.fileno())
+
+
+def _hush(descriptor: int) -> None:
+    """Let everything that is still written there vanish, or Python would complain about it once more on leaving."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _load(config: Path, overrides: list[str] | None) -> Experiment:
@@ -214,14 +244,16 @@ def _load(config: Path, overrides: list[str] | None) -> Experiment:
     return load(config, overrides or [])
 
 
-def _talk(as_json: bool, quiet: bool) -> Console:
-    return Console(stderr=as_json, quiet=quiet)
+def _train(experiment: Experiment, folder: Path, resume: bool, quiet: bool, as_json: bool) -> dict[str, Any]:
+    try:
+        from simulations.runner import run as run_experiment
 
-
-def _interrupted(why: str, folder: Path, as_json: bool) -> None:
-    if as_json:
-        _print_json({"run_dir": str(folder), "status": "stopped"})
-    raise Interrupted(f"{why}; go on with: hushrec run --resume {folder}")
+        return run_experiment(experiment, folder, _Screen(stderr=True, quiet=quiet), resume)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if as_json:
+            _print_json({"run_dir": str(folder), "status": "stopped"})
+        why = str(stop) or "stopped at once"
+        raise Interrupted(f"{why}; go on with: hushrec run --resume {shlex.quote(str(folder))}") from stop
 
 
 def _items(history: str) -> list[str]:

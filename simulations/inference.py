@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from client.device import Device
-from client.evaluation import last_hidden, mask_seen, rank, scores
+from client.evaluation import Ranks, last_hidden, mask_seen, rank, scores
 from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
 from common.data.sequences import Ints, Split
@@ -40,13 +40,11 @@ class Trained:
     def device(self) -> Device:
         """The run's data; refused where it isn't what the model was trained on."""
         experiment = rundir.reopen(self.folder)
-        device = Device.open(experiment, prepare(experiment.data))
-        trained_on = rundir.manifest(self.folder)["data"]["digest"]
-        if device.catalogue.digest != trained_on:
-            raise StateError(
-                f"{self.folder}: its data has changed since (was {trained_on}, is {device.catalogue.digest})"
-            )
-        return device
+        if rundir.result(self.folder) is None:
+            raise StateError(f"{self.folder}: not finished; go on with `hushrec run --resume {self.folder}`")
+        data = prepare(experiment.data)
+        rundir.check_manifest(self.folder, experiment, data)
+        return Device.open(experiment, data)
 
     @cached_property
     def weights(self) -> Weights:
@@ -124,7 +122,16 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
         ``split``, ``users``, and under ``metrics`` HR, NDCG and MRR with intervals; beyond accuracy
         ``coverage@10`` (share of the catalogue in anybody's top 10), ``long_tail@10`` (share of the places that go
         to the 80 % least popular items), ``worst_tenth_ndcg@10`` (mean over the tenth with the shortest histories).
+
+    Raises
+    ------
+    UsageError
+        Where `ranks_file` names a folder, or lies in none; known before anything is ranked.
+    StateError
+        Where the run cannot be opened, or the file cannot be written.
     """
+    if ranks_file and (ranks_file.is_dir() or not ranks_file.parent.is_dir()):
+        raise UsageError(f"{ranks_file}: cannot be a file; name one in a folder that exists")
     trained = Trained(folder)
     device, experiment = trained.device, trained.device.experiment
     users = np.arange(len(device.sequences))
@@ -132,21 +139,26 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
     held = np.flatnonzero(np.isfinite(full))
     if ranks_file:
         ids = device.sequences.user_ids()
-        with atomic(ranks_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["user", "rank"])
-            writer.writerows([ids[user], f"{full[user]:g}"] for user in held)
+        _write_ranks(ranks_file, [ids[user] for user in held], full[held])
     stops, _ = device.sequences.stops(held, split)
     lists = trained.lists(held, stops, 10)
     train_items, _ = device.sequences.events(users, device.sequences.stops(users, "train")[0])
     popularity = np.bincount(train_items, minlength=device.catalogue.items)
     cutoffs = sorted({10, *experiment.evaluation.cutoffs})
+    figures = summarise(full, cutoffs, experiment.evaluation.resamples, experiment.seed)
     return {
         "run_dir": str(folder),
         "split": split,
         "users": len(held),
-        "metrics": {n: e._asdict() for n, e in summarise(full, cutoffs, seed=experiment.seed).items()},
+        "metrics": {name: figure._asdict() for name, figure in figures.items()},
         "coverage@10": coverage(lists, device.catalogue.items),
         "long_tail@10": long_tail_share(lists, popularity),
         "worst_tenth_ndcg@10": worst_tenth(ndcg(full[held], 10), stops - device.sequences.offsets[held]),
     }
+
+
+def _write_ranks(path: Path, users: Sequence[str], ranks: Ranks) -> None:
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user", "rank"])
+        writer.writerows((user, f"{rank:.15g}") for user, rank in zip(users, ranks, strict=True))

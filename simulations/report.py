@@ -1,110 +1,161 @@
-"""The table at the end of a run, and what its numbers mean."""
+"""What people see at the end of a command, and what its numbers mean."""
 
+import math
+import shlex
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 SHOWN = ("hr@10", "ndcg@10", "mrr")
-_NAMES = {
-    "popularity": "popularity ranker",
-    "random": "random ranker",
-    "ceiling": "best possible (the data's law is known)",
+_NAMES = {"ceiling": "best possible"}
+_EXPLAINED = (
+    "HR@10: share of users whose next item is among the first ten. NDCG@10: the same, worth more the higher the item "
+    "stands. MRR: mean of 1/rank. The interval is over users."
+)
+_BEYOND_ACCURACY = {
+    "coverage@10": "share of the catalogue in anybody's top 10",
+    "long_tail@10": "share of top-10 places for the 80 % least popular items",
+    "worst_tenth_ndcg@10": "NDCG@10 of the tenth with the shortest histories",
 }
 
 
 def render(console: Console, result: dict[str, Any]) -> None:
     """Print a run's result, as it stands in `result.json`, for people."""
-    table = Table(title="Test: each user's last item, ranked against the whole catalogue", title_justify="left")
+    baselines = result["baselines"]
+    table = _table()
     table.add_column("")
+    table.add_column("hushrec", justify="right", style="bold")
+    table.add_column("95 % interval", style="dim")
+    for name in baselines:
+        table.add_column(_NAMES.get(name, name), justify="right")
     for name in SHOWN:
-        table.add_column(name.upper(), justify="right")
-    table.add_row("[bold]hushrec, federated", *(_cell(result["test"][name], bold=True) for name in SHOWN))
-    for baseline, figures in result["baselines"].items():
-        table.add_row(_NAMES[baseline], *(_cell(figures[name]) for name in SHOWN))
-    console.print(table)
-    sampled = {name: figure for name, figure in result["test"].items() if "|" in name}
+        figure = result["test"][name]
+        others = (_number(figures[name]["value"]) for figures in baselines.values())
+        table.add_row(_label(name), _number(figure["value"]), _interval(figure), *others)
+    _print(console, "Test: each user's last item, ranked against the whole catalogue", table)
+    sampled = {
+        name: figure for name, figure in result["test"].items() if name.partition("|")[0] in SHOWN and "|" in name
+    }
     if sampled:
-        _render_sampled(console, sampled)
-    console.print(
-        "HR@10: share of users whose next item is among the first ten. NDCG@10: the same, worth more the higher it\n"
-        "stands. MRR: mean of 1/rank. In brackets the 95 % interval over users.",
-        style="dim",
-        highlight=False,
-    )
-    ceiling = result["baselines"].get("ceiling")
-    if ceiling and ceiling["hr@10"]["value"]:
-        share = result["test"]["hr@10"]["value"] / ceiling["hr@10"]["value"]
-        console.print(f"That is {share:.0%} of the HR@10 that the best possible ranker reaches.", highlight=False)
-    console.print(
-        f"{result['users']:,} users, one client each; {result['rounds']} rounds, validation chose round "
-        f"{result['best_round']}; {result['seconds']:.0f} s, {result['clients_per_second']:,.0f} clients/s, "
-        f"{result['peak_rss_mb']:,.0f} MB at most;\na client received {_size(result['bytes_down_per_client'])} "
-        f"and sent {_size(result['bytes_up_per_client'])} a round. All files: {result['run_dir']}",
-        highlight=False,
-        soft_wrap=True,
-    )
+        _print(console, "Against sampled negatives: for comparison with old papers only", _figures(sampled))
+    for line, style in ((_verdict(result), "bold"), (_EXPLAINED, "dim")):
+        if line:
+            console.print(Padding(Text(line, style), (0, 1, 1, 1)))
+    console.print(_facts(result))
 
 
-def _render_sampled(console: Console, figures: dict[str, Any]) -> None:
-    """Figures against sampled negatives: never in one table with full ones."""
-    table = Table(title="Against sampled negatives: for comparison with old papers only", title_justify="left")
-    for name in figures:
-        table.add_column(name.upper(), justify="right")
-    table.add_row(*(_cell(figure) for figure in figures.values()))
-    console.print(table)
+def _verdict(result: dict[str, Any]) -> str:
+    reached = result["test"]["hr@10"]["value"]
+    others = {name: figures["hr@10"]["value"] for name, figures in result["baselines"].items()}
+    if reached is None:
+        return "Nobody has a held-out event to test on: the histories are too short for this split."
+    if reached <= others["popularity"]:
+        return "No better than the popularity ranker yet: more rounds or another learning rate may help."
+    if others.get("ceiling"):
+        share = reached / others["ceiling"]
+        return f"The law of this data is known: hushrec reaches {share:.0%} of the best possible HR@10."
+    return ""
 
 
-def _cell(figure: dict[str, float | None], bold: bool = False) -> str:
-    if figure["value"] is None:
-        return "–"
-    value = f"{figure['value']:.4f}"
-    return f"{f'[bold]{value}[/]' if bold else value} [dim]({figure['low']:.4f} – {figure['high']:.4f})[/]"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+def _facts(result: dict[str, Any]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 1), pad_edge=True)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    rows = {
+        "users": f"{result['users']:,}, one client each; {result['users_tested']:,} of them tested",
+        "rounds": f"{result['rounds']:,}; validation chose round {result['best_round']:,}",
+        "speed": f"{result['seconds']:,.0f} s, {result['clients_per_second']:,.0f} clients/s, "
+        f"{result['peak_rss_mb']:,.0f} MB of memory at most",
+        "traffic": f"a client received {_size(result['bytes_down_per_client'])} and sent "
+        f"{_size(result['bytes_up_per_client'])} a round",
+        "files": result["run_dir"],
+        "next": f"hushrec recommend --run {shlex.quote(result['run_dir'])} --user ID",
+    }
+    for name, fact in rows.items():
+        grid.add_row(name, Text(fact))
+    return grid
 
 
 def render_evaluation(console: Console, figures: dict[str, Any]) -> None:
     """Print what `hushrec evaluate` found."""
-    table = Table(
-        title=f"{figures['split'].capitalize()}: {figures['users']:,} users, full ranking", title_justify="left"
-    )
-    table.add_column("metric")
-    table.add_column("value (95 % interval)", justify="right")
-    for name, figure in figures["metrics"].items():
-        table.add_row(name.upper(), _cell(figure))
-    meanings = {
-        "coverage@10": "share of the catalogue in anybody's top 10",
-        "long_tail@10": "share of top-10 places for the 80 % least popular items",
-        "worst_tenth_ndcg@10": "NDCG@10 of the tenth with the shortest histories",
-    }
-    for name, meaning in meanings.items():
-        table.add_row(meaning, f"{figures[name]:.4f}")
-    console.print(table)
+    table = _figures(figures["metrics"])
+    table.add_section()
+    for name, meaning in _BEYOND_ACCURACY.items():
+        table.add_row(name, _number(figures[name]), meaning)
+    what = f"{figures['split'].capitalize()}: the held-out items of {figures['users']:,} users"
+    _print(console, f"{what}, ranked against the whole catalogue", table)
 
 
 def render_items(console: Console, items: list[dict[str, Any]]) -> None:
-    """Print recommendations."""
-    table = Table()
-    for name in ("", "item", "title", "genres", "score"):
-        table.add_column(name, justify="right" if name == "score" else "left")
+    """Print recommendations; titles and genres only where there are any."""
+    if not items:
+        console.print("Nothing is left to recommend: the whole catalogue is in the history.")
+        return
+    titles = any(item["title"] != item["item"] for item in items)
+    genres = any(item["genres"] for item in items)
+    table = _table()
+    table.add_column("", justify="right", style="dim")
+    table.add_column("item", no_wrap=True)
+    if titles:
+        table.add_column("title")
+    if genres:
+        table.add_column("genres", style="dim")
+    table.add_column("score", justify="right")
     for place, item in enumerate(items, 1):
-        title = "" if item["title"] == item["item"] else item["title"]
-        table.add_row(str(place), item["item"], title, ", ".join(item["genres"]), f"{item['score']:.2f}")
+        about = [item["title"]] * titles + [", ".join(item["genres"])] * genres
+        table.add_row(*map(Text, (str(place), item["item"], *about, f"{item['score']:.2f}")))
     console.print(table)
 
 
 def render_data(console: Console, facts: dict[str, Any]) -> None:
     """Print what a data set holds."""
-    table = Table(title="As read, and after the filters", title_justify="left")
+    table = _table()
     for name in ("", "as read", "kept"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="right" if name else "left")
     for name in ("users", "items", "events"):
         table.add_row(name, f"{facts[name]:,}", f"{facts['kept'][name]:,}")
     table.add_row("events a user, mean", f"{facts['mean_length']:.1f}", "")
     table.add_row("density", f"{facts['density']:.4%}", "")
     tied = facts["tied_last_pair_share"]
     table.add_row("users whose last two events share a time", "no times" if tied is None else f"{tied:.0%}", "")
+    _print(console, "As read, and what the filters keep", table)
+
+
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, pad_edge=False)
+
+
+def _print(console: Console, heading: str, table: Table) -> None:
+    console.print(Padding(Text(heading, "bold"), (0, 1)))
     console.print(table)
+
+
+def _figures(figures: dict[str, Any]) -> Table:
+    table = _table()
+    table.add_column("metric")
+    table.add_column("value", justify="right", style="bold")
+    table.add_column("95 % interval", style="dim")
+    for name, figure in figures.items():
+        table.add_row(_label(name), _number(figure["value"]), _interval(figure))
+    return table
+
+
+def _label(name: str) -> str:
+    metric, bar, rest = name.partition("|")
+    return metric.upper() + bar + rest
+
+
+def _interval(figure: dict[str, float | None]) -> str:
+    return "" if figure["value"] is None else f"{_number(figure['low'])} – {_number(figure['high'])}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -24,6 +24,7 @@ from typing import Any
 
 from common.config import Experiment, SyntheticData, experiment_hash
 from common.data.folder import MANIFEST as DATA_MANIFEST
+from common.data.prepare import prepare
 from common.errors import StateError, UsageError
 from common.files import explained, read_json, write_bytes, write_json
 from common.loading import dump, load
@@ -45,15 +46,19 @@ def create(experiment: Experiment, out: Path | None) -> Path:
     Raises
     ------
     UsageError
-        Where the folder holds something already.
+        Where the folder cannot be made, or holds something already.
+    DataError
+        Where the data is unusable; no folder is made then.
     StateError
-        Where it cannot be made or written.
+        Where the folder cannot be written to.
     """
     folder = out or Path("runs") / f"{experiment.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+    with explained(folder, UsageError):
+        if os.path.lexists(folder) and any(folder.iterdir()):
             raise UsageError(f"{folder}: holds files already; go on with --resume {folder}, or name another --out")
+    prepare(experiment.data)  # before the folder is made, so that unusable data leaves none behind
+    with explained(folder, UsageError):
+        folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / CONFIG, dump(experiment).encode())
     return folder
 
@@ -61,21 +66,36 @@ def create(experiment: Experiment, out: Path | None) -> Path:
 def reopen(folder: Path, overrides: list[str] | None = None) -> Experiment:
     """The experiment of an existing run directory.
 
+    Parameters
+    ----------
+    folder : Path
+        The run directory.
+    overrides : list of str, optional
+        Of ``runtime.*`` only: anything else would make it another experiment.
+
     Raises
     ------
     StateError
         Where the folder is no run directory.
     ConfigError
         Where its configuration was damaged.
+    UsageError
+        Where an override could change results.
     """
-    if not (folder / CONFIG).is_file():
-        raise StateError(f"{folder}: no run directory (it has no {CONFIG}); name one that `hushrec run` made")
-    return load(folder / CONFIG, overrides or [])
+    with explained(folder):
+        if not (folder / CONFIG).is_file():
+            raise StateError(f"{folder}: no run directory (it has no {CONFIG}); name one that `hushrec run` made")
+    experiment = load(folder / CONFIG, overrides or [])
+    if overrides and experiment_hash(experiment) != experiment_hash(load(folder / CONFIG)):
+        raise UsageError(f"{folder}: only runtime.* can be overridden here; for anything else start a new run")
+    return experiment
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run directory for this process, so that two never write into one.
+
+    What a process that was killed has left half-written is removed.
 
     Raises
     ------
@@ -89,6 +109,8 @@ def locked(folder: Path) -> Iterator[None]:
             flock(descriptor, LOCK_EX | LOCK_NB)
         except OSError as fault:
             raise StateError(f"{folder}: another hushrec process is running here; wait for it or stop it") from fault
+        for half_written in folder.glob(".????????????.*"):  # by `common.files.atomic`, in a process that was killed
+            half_written.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)
@@ -116,22 +138,40 @@ def write_manifest(folder: Path, experiment: Experiment, data: Path) -> None:
     )
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run.
+def check_manifest(folder: Path, experiment: Experiment, data: Path) -> None:
+    """Hold a run against what it began with.
 
     Raises
     ------
     StateError
-        Where it is missing or damaged.
+        Where the manifest is missing or damaged, or where the experiment or the data have changed since.
     """
-    facts: dict[str, Any] = read_json(folder / MANIFEST)
-    return facts
+    facts = read_json(folder / MANIFEST)
+    try:
+        trained, trained_on = facts["experiment"], facts["data"]["digest"]
+    except (TypeError, KeyError) as fault:
+        raise StateError(f"{folder / MANIFEST}: not the manifest of a run; restore it or start a new run") from fault
+    if trained != experiment_hash(experiment):
+        raise StateError(f"{folder / CONFIG}: has changed since the run began; restore it or start a new run")
+    if trained_on != (now := read_json(data / DATA_MANIFEST)["digest"]):
+        raise StateError(f"{folder}: its data has changed since (was {trained_on}, is {now}); start a new run")
 
 
 def result(folder: Path) -> dict[str, Any] | None:
-    """What a finished run printed with ``--json``; `None` while it is not finished."""
+    """What a finished run printed with ``--json``; `None` while it is not finished.
+
+    Raises
+    ------
+    StateError
+        Where the file is damaged.
+    """
     path = folder / RESULT
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    facts = read_json(path)
+    if not isinstance(facts, dict) or "test" not in facts:
+        raise StateError(f"{path}: not the result of a run; remove it and go on with `hushrec run --resume {folder}`")
+    return facts
 
 
 def _version(package: str) -> str | None:
@@ -146,14 +186,11 @@ def _commit() -> str | None:
     home = Path(__file__).resolve().parents[1]
     if not (home / ".git").exists():
         return None
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(home), "describe", "--always", "--abbrev=40", "--dirty=+"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:  # without locks, so that a run never stands in the way of a commit
+        status = subprocess.run(command, cwd=home, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip()
+    facts = status.stdout.splitlines()
+    commit = next((line.removeprefix("# branch.oid ") for line in facts if line.startswith("# branch.oid ")), None)
+    return commit and commit + "+" * any(not line.startswith("#") for line in facts)

@@ -60,15 +60,17 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
         began = time.perf_counter()
         data = prepare(experiment.data)
         device = Device.open(experiment, data)
-        if not resume:
+        if resume and (folder / rundir.MANIFEST).exists():
+            rundir.check_manifest(folder, experiment, data)
+        else:
             rundir.write_manifest(folder, experiment, data)
         grid = InProcessGrid(device, experiment.runtime.engine)
-        done = max((line["round"] for line in read(folder)), default=0) if resume else 0
-        with watching(console, experiment.federation.rounds, done) as observe, _stoppable(console) as stopping:
+        spent = sum(line["seconds"] for line in read(folder))  # by the processes that were stopped
+        with watching(console, experiment.federation.rounds) as observe, _stoppable() as stopping:
             outcome = serve(grid, experiment, folder, observe, resume=resume, stopping=stopping)
-        result = _result(experiment, folder, device, outcome, time.perf_counter() - began)
+        result = _result(experiment, folder, device, outcome, spent + time.perf_counter() - began)
         write_json(folder / rundir.RESULT, result)
-    return result
+    return rundir.result(folder) or {}
 
 
 def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outcome, seconds: float) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _ratio(total: float, count: float) -> float:
 
 
 @contextmanager
-def _stoppable(console: Console) -> Iterator[Callable[[], bool]]:
+def _stoppable() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C, or a polite kill, end the run after the round that is under way; a second one ends it at once.
 
     Either way nothing is lost: what the last checkpoint holds can be resumed, and the rounds since are run again.

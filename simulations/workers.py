@@ -34,7 +34,7 @@ class Numbers(NamedTuple):
     users: Ints
     events: Ints
     losses: Floats
-    finite: NDArray[np.bool_]
+    sound: NDArray[np.bool_]
     counts: Ints
     expected: Floats
     rows: Ints | None
@@ -54,7 +54,7 @@ class Worker:
         """Train a chunk and sum its updates, by default as the server is expected to weigh them."""
         updates = train_chunk(self.experiment, weights, self.sequences, users, round_)
         rows, total = updates.summed(updates.expected if importance is None else importance)
-        facts = updates.users, updates.events, updates.losses, updates.finite, updates.counts, updates.expected
+        facts = updates.users, updates.events, updates.losses, updates.sound, updates.counts, updates.expected
         return Numbers(*facts, rows, total.table.numpy(), total.body.numpy())
 
     def single(self, weights: Weights, users: Ints, round_: int, i: int) -> tuple[NDArray[np.int32], Floats, Floats]:
@@ -130,7 +130,7 @@ class RemoteUpdates:
     def __init__(self, team: "Team", weights: Weights, round_: int, numbers: Numbers):
         self._team, self._weights, self._round, self._numbers = team, weights, round_, numbers
         self.users, self.events, self.losses = numbers.users, numbers.events, numbers.losses
-        self.finite, self.counts, self.whole = numbers.finite, numbers.counts, numbers.rows is None
+        self.sound, self.counts, self.whole = numbers.sound, numbers.counts, numbers.rows is None
 
     def __len__(self) -> int:
         return len(self.users)

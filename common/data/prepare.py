@@ -71,9 +71,11 @@ def describe(config: DataConfig) -> dict[str, Any]:
 def intact(folder: Path) -> bool:
     """Tell whether a prepared folder is there, whole and of today's format."""
     try:
-        events = len(Sequences.open(folder).items)
-        for name in disk.read_manifest(folder)["extras"]:
-            disk.load_array(folder, name, events)
+        items, manifest = Sequences.open(folder).items, disk.read_manifest(folder)
+        if len(items) and not (items.min() >= 0 and items.max() < manifest["kept"]["items"]):
+            return False
+        for name in manifest["extras"]:
+            disk.load_array(folder, name, len(items))
         for name in (disk.USERS, disk.CATALOGUE):
             pl.read_parquet_schema(folder / name)
     except (DataError, OSError, pl.exceptions.PolarsError):

@@ -56,7 +56,7 @@ def sampled_softmax(candidates: Candidates, targets: Tensor, mask: Tensor) -> Te
 
 def gbce_power(calibration: float, negatives: int, items: int) -> float:
     """The exponent β of gBCE (Petrov & Macdonald, RecSys 2023, equation 11) for a sampling rate α = N / (I − 1)."""
-    alpha = min(1.0, negatives / (items - 1))
+    alpha = min(1.0, negatives / max(1, items - 1))
     return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
 
 

@@ -1,0 +1,156 @@
+"""Windows of a cohort: by hand, then that every event is trained on once an epoch and that company changes nothing."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.batches import bucket_widths, local_steps, pieces, windows
+from common.config import LocalConfig
+from tests.support import world
+
+LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
+
+
+def cut(histories, users=None, round_=1, longest=6, **local):
+    """Each user's windows as lists of its real events, one list a local step; inactive steps are left out."""
+    experiment = world.experiment(model={"max_length": longest}, federation={"local": local})
+    data = world.sequences(histories, held_out=False)
+    users = np.arange(len(histories)) if users is None else np.array(users)
+    found = {}
+    for bucket in windows(experiment, data, users, round_):
+        for user, events, lengths in zip(*bucket, strict=True):
+            assert int(user) not in found
+            found[int(user)] = [row[:n].tolist() for row, n in zip(events, lengths, strict=True) if n]
+    return found
+
+
+def numbered(lengths):
+    """Histories whose events are their own places."""
+    return [list(range(length)) for length in lengths]
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_widths_by_hand():
+    assert bucket_widths(50).tolist() == [8, 12, 16, 24, 32, 50]
+    assert bucket_widths(200).tolist() == [8, 12, 16, 24, 32, 48, 64, 96, 128, 200]
+    assert [bucket_widths(longest).tolist() for longest in (1, 8, 11)] == [[1], [8], [8, 11]]
+
+
+@given(st.integers(1, 3000))
+def test_widths_waste_little(longest):
+    widths = bucket_widths(longest)
+    assert widths[-1] == longest
+    assert (np.diff(widths) > 0).all()
+    assert (widths[1:] < 1.9 * widths[:-1]).all()
+
+
+def test_steps_by_hand():
+    histories = np.array([0, 1, 2, 7, 8, 13, 14])
+    assert pieces(histories, 6).tolist() == [1, 1, 1, 1, 2, 2, 3]
+    assert local_steps(LocalConfig(), histories, 6).tolist() == [1] * 7
+    assert local_steps(LocalConfig(steps=3), histories, 6).tolist() == [3] * 7
+    assert local_steps(LocalConfig(epochs=2), histories, 6).tolist() == [2, 2, 2, 2, 4, 4, 6]
+
+
+def test_the_last_window():
+    assert cut(numbered([10, 7, 3]), steps=2) == {
+        0: [[3, 4, 5, 6, 7, 8, 9]] * 2,
+        1: [[0, 1, 2, 3, 4, 5, 6]] * 2,
+        2: [[0, 1, 2]] * 2,
+    }
+
+
+def test_epochs_by_hand():
+    assert cut(numbered([14, 8, 2]), epochs=2) == {
+        0: [[7, 8, 9, 10, 11, 12, 13], [1, 2, 3, 4, 5, 6, 7], [0, 1]] * 2,
+        1: [[1, 2, 3, 4, 5, 6, 7], [0, 1]] * 2,
+        2: [[0, 1]] * 2,
+    }
+
+
+def test_shapes_padding_and_inactive_steps():
+    experiment = world.experiment(federation={"local": {"epochs": 1}})
+    data = world.sequences([[5, 6, 7], list(range(20, 34))], held_out=False)
+    (bucket,) = windows(experiment, data, np.array([1, 0]), 1)
+    assert bucket.users.tolist() == [1, 0]
+    assert bucket.events.shape == (2, 3, 7)  # (C, S, W + 1)
+    assert bucket.lengths.tolist() == [[7, 7, 2], [3, 0, 0]]
+    assert bucket.events[1, 0].tolist() == [5, 6, 7, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("local", [{"steps": 1}, {"steps": 2}, {"epochs": 2}, {"steps": 2, "window": "random"}])
+def test_too_short_a_history_trains_nothing(local):
+    experiment = world.experiment(federation={"local": local})
+    data = world.sequences([[4], [], [1, 2, 3]], held_out=False)
+    for bucket in windows(experiment, data, np.arange(3), 1):
+        for user, lengths in zip(bucket.users, bucket.lengths, strict=True):
+            assert (lengths.max() >= 2) == (user == 2)
+
+
+def test_only_training_events_are_cut():
+    experiment = world.experiment()
+    (bucket,) = windows(experiment, world.sequences([[1, 2, 3, 4, 5]]), np.array([0]), 1)
+    assert bucket.events[0, 0, : bucket.lengths[0, 0]].tolist() == [1, 2, 3]
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(LENGTHS, st.integers(1, 17), st.integers(1, 3))
+def test_an_epoch_has_every_event_but_the_first_as_a_target_once(lengths, longest, epochs):
+    found = cut(numbered(lengths), longest=longest, epochs=epochs)
+    for user, length in enumerate(lengths):
+        targets = Counter(event for window in found[user] for event in window[1:])
+        assert targets == dict.fromkeys(range(1, length), epochs)
+        assert all(window == list(range(window[0], window[0] + len(window))) for window in found[user])
+
+
+@settings(max_examples=50)
+@given(LENGTHS, st.sampled_from([{"steps": 2}, {"epochs": 2}, {"steps": 3, "window": "random"}]), st.data())
+def test_company_changes_nothing(lengths, local, data):
+    together = cut(numbered(lengths), longest=9, **local)
+    for user in range(len(lengths)):
+        assert cut(numbered(lengths), [user], longest=9, **local)[user] == together[user]
+    some = data.draw(st.permutations(range(len(lengths))))
+    assert cut(numbered(lengths), some, longest=9, **local) == together
+
+
+@settings(max_examples=50)
+@given(LENGTHS, st.integers(1, 40))
+def test_the_width_depends_on_the_user_alone(lengths, longest):
+    experiment, data = (
+        world.experiment(model={"max_length": longest}),
+        world.sequences(numbered(lengths), held_out=False),
+    )
+
+    def widths(users):
+        return {int(u): b.events.shape[2] for b in windows(experiment, data, np.array(users), 1) for u in b.users}
+
+    together = widths(range(len(lengths)))
+    for user, length in enumerate(lengths):
+        assert widths([user]) == {user: together[user]}
+        inputs = min(max(length - 1, 1), longest)
+        assert together[user] - 1 == min(width for width in bucket_widths(longest).tolist() if width >= inputs)
+
+
+def test_random_windows_are_full_uniform_and_keyed():
+    steps, history = 400, [list(range(11))] * 2
+    found = cut(history, steps=steps, window="random")
+    starts = Counter(window[0] for window in found[0])
+    assert all(len(window) == 7 for window in found[0])
+    assert sorted(starts) == [0, 1, 2, 3, 4]
+    assert min(starts.values()) > 50  # 80 expected, standard deviation 8
+    assert found[0] != found[1]
+    assert found == cut(history, steps=steps, window="random")
+    assert found != cut(history, steps=steps, window="random", round_=2)
+    assert cut(history, steps=3, window="random")[0] == found[0][:3]
+
+
+def test_a_short_history_has_one_window():
+    assert cut(numbered([5]), steps=3, window="random") == {0: [[0, 1, 2, 3, 4]] * 3}

@@ -1,0 +1,154 @@
+"""What travels: sharing memory in one process, surviving Flower's own serialisation, and strangers' numbers."""
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+from common.models.weights import Weights
+from common.wire import METRICS, MODEL, ROUND, LazyArray, arrays, number, pack, payload_bytes, unpack, whole_number
+from tests.support import world
+
+VALUES = [
+    np.arange(6, dtype=np.float32).reshape(2, 3),
+    np.array([3, 1, 2], dtype=np.int32),
+    np.zeros((0, 4), dtype=np.float32),
+    np.arange(12, dtype=np.float32).reshape(3, 4).T,  # not contiguous
+]
+
+
+def message():
+    world.identify()
+    weights = Weights(torch.arange(6.0).view(3, 2), torch.tensor([-1.5]))
+    content = RecordDict(
+        {
+            MODEL: pack(weights),
+            ROUND: ConfigRecord({"round": 3, "experiment": "abc"}),
+            METRICS: MetricRecord({"user": 2, "loss": 0.5}),
+        }
+    )
+    return weights, Message(content, 7, "train", group_id="3")
+
+
+# --- in one process --------------------------------------------------------------------------------------------------
+
+
+def test_packing_shares_memory():
+    weights = Weights(torch.zeros(3, 2, requires_grad=True), torch.zeros(4))
+    record = pack(weights)
+    assert list(record) == ["table", "body"]
+    back = unpack(record)
+    weights.body[1] = 5
+    assert back.body.tolist() == [0, 5, 0, 0]
+    assert record["table"].numpy() is record["table"].numpy()
+    assert not back.table.requires_grad
+
+
+def test_unpacking_a_read_only_message_copies_and_does_not_warn():
+    frozen = np.arange(4, dtype=np.float32)
+    frozen.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = unpack(arrays(table=frozen, body=frozen))
+    weights.table[0] = 9
+    assert frozen[0] == 0
+
+
+def test_a_missing_tensor_is_a_key_error():
+    with pytest.raises(KeyError, match="body"):
+        unpack(arrays(table=np.zeros(1, dtype=np.float32)))
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_a_lazy_array_describes_itself_as_flowers_would(values):
+    lazy, eager = LazyArray(values), Array(values)
+    assert (lazy.dtype, lazy.shape, lazy.stype, lazy.data) == (eager.dtype, eager.shape, eager.stype, eager.data)
+    assert lazy.object_id == eager.object_id
+    assert type(lazy).__qualname__ == "Array"
+
+
+def test_bytes_are_made_anew_each_time():
+    values = np.zeros(3, dtype=np.float32)
+    lazy = LazyArray(values)
+    before = lazy.data
+    values[0] = 1
+    assert lazy.data != before
+
+
+def test_payload():
+    assert payload_bytes(arrays(a=VALUES[0], b=VALUES[1], c=VALUES[2])) == 6 * 4 + 3 * 4
+    assert payload_bytes(ArrayRecord([VALUES[0]])) == 24  # as it arrives over a network
+
+
+# --- over a network --------------------------------------------------------------------------------------------------
+
+
+def through_objects(sent):
+    """Flower's objects, as SuperLink and SuperNode exchange them."""
+    contents = {name: value.deflate() for name, value in get_all_nested_objects(sent).items()}
+    return inflate_object_from_contents(sent.object_id, contents)
+
+
+def through_protobuf(sent):
+    wire = message_to_proto(sent).SerializeToString()
+    return message_from_proto(type(message_to_proto(sent)).FromString(wire))
+
+
+def through_pickle(sent):  # how Ray moves messages between its processes
+    return pickle.loads(pickle.dumps(sent))  # noqa: S301
+
+
+@pytest.mark.parametrize("travel", [through_objects, through_protobuf, through_pickle, copy.deepcopy])
+def test_a_message_survives(travel):
+    weights, sent = message()
+    arrived = travel(sent)
+    assert arrived.metadata.dst_node_id == 7
+    assert arrived.content.config_records[ROUND] == {"round": 3, "experiment": "abc"}
+    assert arrived.content.metric_records[METRICS] == {"user": 2, "loss": 0.5}
+    record = arrived.content.array_records[MODEL]
+    assert type(record["table"]) is Array
+    assert world.same(unpack(record), weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unpack(record).table.add_(1)  # writable, and nobody else's
+    assert weights.table[0, 0] == 0
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_arrays_survive(values):
+    world.identify()
+    sent = Message(RecordDict({MODEL: arrays(a=values)}), 7, "train")
+    for travel in (through_objects, through_protobuf, through_pickle):
+        arrived = travel(sent).content.array_records[MODEL]["a"].numpy()
+        assert arrived.dtype == values.dtype
+        np.testing.assert_array_equal(arrived, values)
+
+
+def test_a_record_can_be_copied():
+    record = arrays(a=VALUES[0])
+    for twin in (ArrayRecord(dict(record)), record.copy(), copy.deepcopy(record)):
+        np.testing.assert_array_equal(twin["a"].numpy(), VALUES[0])
+    assert ArrayRecord(dict(record))["a"].numpy() is not VALUES[0]
+
+
+# --- numbers of strangers --------------------------------------------------------------------------------------------
+
+
+def test_numbers():
+    metrics = MetricRecord({"whole": 3, "broken": 2.5, "many": [1, 2], "round": 2.0})
+    assert (number(metrics, "whole"), number(metrics, "broken"), whole_number(metrics, "whole")) == (3, 2.5, 3)
+    for name in ("broken", "many", "round"):
+        with pytest.raises(TypeError, match=name):
+            whole_number(metrics, name)
+    with pytest.raises(TypeError, match="many"):
+        number(metrics, "many")
+    for read in (number, whole_number):
+        with pytest.raises(KeyError, match="absent"):
+            read(metrics, "absent")

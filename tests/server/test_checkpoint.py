@@ -1,0 +1,218 @@
+"""Checkpoints and models: to the bit and back, and one clear line for whatever is wrong with a file."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from common.errors import StateError
+from common.models.shapes import parameter_shapes
+from common.models.weights import Weights
+from server import checkpoint
+from server.checkpoint import State, load, load_model, save, save_model
+from tests.support import world
+
+ITEMS = 7
+EXPERIMENT = world.experiment()
+OTHER = world.experiment(seed=1)
+
+
+def weights(seed=0):
+    return world.weights(EXPERIMENT.model, ITEMS, seed)
+
+
+def state(**changed):
+    moments = {"table.exp_avg": torch.randn(ITEMS, 8), "table.step": torch.tensor(3.0), "body.exp_avg": torch.randn(5)}
+    whole = {"weights": weights(), "optimizer": moments, "round": 12, "best": weights(1), "best_round": 10}
+    return State(**{**whole, "best_value": 0.1 + 0.2, "stale": 2, **changed})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint.safetensors"
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, weights(), EXPERIMENT)
+    return path
+
+
+def one_line(path, call, *arguments, match):
+    with pytest.raises(StateError, match=match) as caught:
+        call(path, *arguments)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def rewritten(path, change, change_facts=lambda facts: facts):
+    """The same file with other tensors or facts, as if somebody had edited it."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(file.metadata()["hushrec"])
+    save_file(change(tensors), path, metadata={"hushrec": json.dumps(change_facts(facts))})
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+def test_a_state_comes_back_to_the_bit(path):
+    before = state()
+    save(path, before, EXPERIMENT)
+    after = load(path, EXPERIMENT)
+    assert world.same(after.weights, before.weights)
+    assert world.same(after.best, before.best)
+    assert after.optimizer.keys() == before.optimizer.keys()
+    for name, value in before.optimizer.items():
+        assert torch.equal(after.optimizer[name], value)
+        assert after.optimizer[name].dtype == value.dtype
+    assert (after.round, after.best_round, after.best_value, after.stale) == (12, 10, 0.1 + 0.2, 2)
+
+
+def test_a_young_state_comes_back(path):
+    save(path, State(weights()), EXPERIMENT)
+    after = load(path, EXPERIMENT)
+    assert (after.optimizer, after.round, after.best, after.best_value) == ({}, 0, None, float("-inf"))
+
+
+def test_runtime_is_no_part_of_an_experiment(path):
+    save(path, state(), EXPERIMENT)
+    assert load(path, world.experiment(runtime={"engine": "sequential"})).round == 12
+
+
+def test_what_is_loaded_is_ones_own(path):
+    save(path, state(), EXPERIMENT)
+    first = load(path, EXPERIMENT)
+    first.weights.body.add_(1)
+    assert world.same(load(path, EXPERIMENT).weights, weights())
+
+
+def test_a_model_comes_back_to_the_bit(model):
+    assert world.same(load_model(model, EXPERIMENT, ITEMS), weights())
+    with safe_open(model, framework="pt") as file:
+        assert {name: tuple(file.get_tensor(name).shape) for name in file.keys()} == parameter_shapes(  # noqa: SIM118
+            EXPERIMENT.model, ITEMS
+        )
+        assert json.loads(file.metadata()["hushrec"])["experiment"] == EXPERIMENT.model_dump(mode="json")
+
+
+# --- what is wrong with a file ---------------------------------------------------------------------------------------
+
+GARBAGE = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "longer": lambda content: content + b"x",
+    "noise": lambda content: b"noise" * 100,
+    "a huge header": lambda content: b"\xff" * 8 + content[8:],
+    "broken header": lambda content: content[:9] + b"[" + content[10:],
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_a_damaged_file(path, model, kind):
+    save(path, state(), EXPERIMENT)
+    for file, call, arguments in ((path, load, (EXPERIMENT,)), (model, load_model, (EXPERIMENT, ITEMS))):
+        file.write_bytes(GARBAGE[kind](file.read_bytes()))
+        one_line(file, call, *arguments, match="not a file of hushrec, or a truncated one")
+
+
+def test_no_file(path):
+    one_line(path, load, EXPERIMENT, match="no such file")
+    one_line(path, load_model, EXPERIMENT, ITEMS, match="no such file")
+
+
+def test_a_folder(path):
+    path.mkdir()
+    one_line(path, load, EXPERIMENT, match="is a folder")
+
+
+@pytest.mark.parametrize("metadata", [None, {"other": "1"}, {"hushrec": "{half"}, {"hushrec": "[]"}, {"hushrec": "3"}])
+def test_another_programs_file(path, metadata):
+    save_file({"a": torch.zeros(2)}, path, metadata=metadata)
+    one_line(path, load, EXPERIMENT, match="not a file of hushrec")
+    one_line(path, load_model, EXPERIMENT, ITEMS, match="not a file of hushrec|is missing")
+
+
+def test_another_experiment(path):
+    save(path, state(), EXPERIMENT)
+    one_line(path, load, OTHER, match="belongs to another experiment")
+
+
+def test_another_format(path):
+    save(path, state(), EXPERIMENT)
+    rewritten(path, lambda tensors: tensors, lambda facts: facts | {"format": 99})
+    one_line(path, load, EXPERIMENT, match="format 99 is not 1")
+
+
+@pytest.mark.parametrize("name", ["weights.table", "weights.body", "best.table", "best.body"])
+def test_a_missing_tensor(path, name):
+    save(path, state(), EXPERIMENT)
+    rewritten(path, lambda tensors: {key: value for key, value in tensors.items() if key != name})
+    one_line(path, load, EXPERIMENT, match="incomplete checkpoint")
+
+
+@pytest.mark.parametrize("name", ["round", "best_round", "best_value", "stale"])
+def test_a_missing_fact(path, name):
+    save(path, state(), EXPERIMENT)
+    rewritten(path, lambda tensors: tensors, lambda facts: {k: v for k, v in facts.items() if k != name})
+    one_line(path, load, EXPERIMENT, match="incomplete checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != "norm.bias"}, "'norm.bias' is missing"),
+        (lambda t: t | {"position": torch.zeros(2, 8)}, r"'position' is \(2, 8\), the experiment wants \(6, 8\)"),
+        (lambda t: t | {"item": torch.full((ITEMS, 8), torch.nan)}, "'item' holds numbers that are not finite"),
+        (lambda t: t | {"norm.bias": torch.full((8,), torch.inf)}, "'norm.bias' holds numbers that are not finite"),
+    ],
+)
+def test_a_model_that_does_not_fit(model, change, match):
+    rewritten(model, change)
+    one_line(model, load_model, EXPERIMENT, ITEMS, match=match)
+
+
+def test_a_model_of_another_catalogue_or_size(model):
+    one_line(model, load_model, EXPERIMENT, ITEMS + 1, match=r"'item' is \(7, 8\), the experiment wants \(8, 8\)")
+    one_line(model, load_model, world.experiment(model={"dim": 4}), ITEMS, match="'item' is")
+
+
+# --- nothing half-written --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(28, "No space left on device"), KeyboardInterrupt(), checkpoint.SafetensorError("disk")]
+)
+def test_a_failed_write_leaves_the_file_before(path, monkeypatch, fault):
+    save(path, state(), EXPERIMENT)
+    before = path.read_bytes()
+
+    def half(tensors, file, metadata):
+        file.write_bytes(before[:100])
+        raise fault
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises((StateError, KeyboardInterrupt)) as caught:
+        save(path, state(round=13), EXPERIMENT)
+    if not isinstance(fault, KeyboardInterrupt):
+        assert str(path) in str(caught.value)
+        assert "free some space" in str(caught.value)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_no_folder(tmp_path):
+    one_line(tmp_path / "none" / "c.safetensors", save, state(), EXPERIMENT, match="cannot be written|no such")
+
+
+def test_shared_memory_is_written_apart(path):
+    """Tensors that share memory or are views are no trouble, and what is written is what they were then."""
+    whole = torch.arange(20.0)
+    shared = Weights(whole[:8].view(4, 2).T, whole[4:])
+    save(path, State(shared, best=shared), EXPERIMENT)
+    whole.zero_()
+    assert load(path, EXPERIMENT).weights.table.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
