@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from flwr.app import Error, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, MetricRecordValues, RecordDict
 
 from client.device import Device
 from client.training import Updates
 from common.data.sequences import Split
 from common.models.weights import Weights
-from common.wire import METRICS, MODEL, REFUSED, ROUND, UPDATE, pending_update, unpack
+from common.wire import METRICS, MODEL, REFUSED, ROUND, UPDATE, pending_update, record, unpack
 
 Handler = Callable[[Sequence[Message], Sequence[int], Device], list[Message]]
 
@@ -35,8 +35,8 @@ def handle_train(messages: Sequence[Message], users: Sequence[int], device: Devi
     asked, replies = _admit(messages, users, device)
     if asked:
         first = messages[asked[0]].content
-        weights = unpack(first.array_records[MODEL])
-        round_ = int(str(first.config_records[ROUND]["round"]))
+        weights = unpack(record(first, MODEL, ArrayRecord))
+        round_ = int(str(record(first, ROUND, ConfigRecord)["round"]))
         place = {users[i]: i for i in asked}
         cohort = np.array(list(place), dtype=np.int64)
         for updates in device.trainer(device.experiment, weights, device.sequences, cohort, round_):
@@ -51,8 +51,8 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
     if asked:
         first = messages[asked[0]].content
         cohort = np.array([users[i] for i in asked], dtype=np.int64)
-        weights = unpack(first.array_records[MODEL])
-        split: Split = "test" if first.config_records[ROUND]["split"] == "test" else "validation"
+        weights = unpack(record(first, MODEL, ArrayRecord))
+        split: Split = "test" if record(first, ROUND, ConfigRecord)["split"] == "test" else "validation"
         ranking = device.ranker(device.experiment, weights, device.sequences, cohort, split)
         for i, user, full, sampled in zip(asked, cohort, ranking.full, ranking.sampled, strict=True):
             values = {"rank": float(full), "rank_sampled": float(sampled)}
@@ -77,8 +77,11 @@ def _known(messages: Sequence[Message], users: Sequence[int], device: Device) ->
     """Positions of the messages that are of this experiment and for users of this device; refusals for the others."""
     replies: list[Message | None] = [None] * len(messages)
     known, asked = device.fingerprint, []
+    content, told = None, None
     for i, (message, user) in enumerate(zip(messages, users, strict=True)):
-        told = message.content.config_records[ROUND]["experiment"]
+        if message.content is not content:  # in one process all messages of a round share theirs
+            content = message.content
+            told = record(content, ROUND, ConfigRecord)["experiment"]
         if told != known:
             replies[i] = _refusal(message, f"experiment {told!r} is not the one that runs here ({known!r})")
         elif not 0 <= user < len(device.sequences):

@@ -94,10 +94,9 @@ def pose(
         touched.local.shape
     )
     common = np.where(touched.local < n, touched.local, n + np.searchsorted(others, catalogue_index))
+    rows = np.concatenate([negatives, others]) if n + len(others) else np.zeros(1, dtype=np.int64)  # padding needs one
     facts = chunk, touched.counts, n, catalogue, torch.from_numpy(np.where(own, -np.inf, 0).astype(np.float32))
-    return _numbered(np.concatenate([negatives, others]), common, *facts), _numbered(
-        touched.rows, touched.local, *facts
-    )
+    return _numbered(rows, common, *facts), _numbered(touched.rows, touched.local, *facts)
 
 
 def _numbered(

@@ -335,12 +335,17 @@ class EvaluationConfig(Section):
 class RuntimeConfig(Section):
     """Speed and place. Nothing here changes a result."""
 
-    engine: Literal["vectorized", "sequential"] = "vectorized"
-    """`vectorized`: the cohort of a round at once. `sequential`: user by user through the Flower ClientApp."""
+    engine: Literal["vectorized", "sequential", "ray"] = "vectorized"
+    """`vectorized`: the cohort of a round at once. `sequential`: user by user through the Flower ClientApp. `ray`:
+    Flower's simulation engine, one node per user (needs the `ray` extra)."""
+    workers: Natural = 0
+    """Worker processes that share a `vectorized` cohort, one core each; 0 trains in the main process."""
+    ray_address: str | None = None
+    """Put the workers on this Ray cluster, such as `auto` (needs the `ray` extra); `null` means this machine."""
     threads: Positive | None = None
-    """Threads of torch; `null` means all cores."""
+    """Threads of torch in the main process; `null` means all cores."""
     memory_mb: Annotated[int, Field(ge=64)] = 1024
-    """Bound on the working memory of one chunk of a cohort."""
+    """Bound on the scores held at once while ranking."""
     checkpoint_every: Positive = 10
     """Rounds between checkpoints."""
 

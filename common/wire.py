@@ -12,11 +12,12 @@
 
 from collections.abc import Callable
 from io import BytesIO
-from typing import Protocol
+from math import prod
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from common.models.weights import Weights
@@ -28,6 +29,9 @@ REFUSED = 1
 
 LARGEST = 1e6
 """Largest norm of an update; beyond it training on the device has diverged, or the numbers are made up."""
+
+
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 class Pending(Protocol):
@@ -136,17 +140,22 @@ def pending_update(updates: Pending, i: int, body: tuple[int, ...], dim: int) ->
         return values
 
     if not updates.whole:
-        record["rows"] = LazyArray(lambda: updates.rows(i), (count,), "int32")
+        record["rows"] = LazyArray(lambda: updates.rows(i), (count,), "int32", (updates, i))
     record["table"] = LazyArray(table, (count, dim), "float32", (updates, i))
     record["body"] = LazyArray(rest, body, "float32", (updates, i))
     return record
 
 
 def pending_of(record: ArrayRecord) -> tuple[Pending, int] | None:
-    """Where a record's update waits to be computed in this process; none where it came over a network."""
-    bodies = record.get("body"), record.get("table")
-    sources = [body.__dict__.get("pending") for body in bodies if isinstance(body, LazyArray)]
-    return sources[0] if len(sources) == 2 and sources[0] == sources[1] else None
+    """Where a record's update waits to be computed in this process; none where it came over a network.
+
+    Nor where anything in the record was exchanged, which is then read like a stranger's.
+    """
+    sources = [array.__dict__.get("pending") if isinstance(array, LazyArray) else None for array in record.values()]
+    first: tuple[Pending, int] | None = sources[0] if sources else None
+    if first is None or any(source != first for source in sources):
+        return None
+    return first if len(sources) == (2 if first[0].whole else 3) else None
 
 
 def pack(weights: Weights) -> ArrayRecord:
@@ -168,6 +177,20 @@ def unpack(record: ArrayRecord) -> Weights:
 def _writable(values: NDArray[np.generic]) -> NDArray[np.generic]:
     """Torch warns of read-only memory, such as a message's; copy only that."""
     return values if values.flags.writeable else values.copy()
+
+
+def record(content: RecordDict, name: str, kind: type[R]) -> R:
+    """One record of a message, of the given kind; `RecordDict`'s own views by kind copy all records at each call.
+
+    Raises
+    ------
+    KeyError, TypeError
+        Where it is missing or of another kind.
+    """
+    found = content[name]
+    if not isinstance(found, kind):
+        raise TypeError(f"{name} is no {kind.__name__}")
+    return found
 
 
 def number(metrics: MetricRecord, name: str) -> float:
@@ -194,4 +217,4 @@ def whole_number(metrics: MetricRecord, name: str) -> int:
 
 def payload_bytes(record: ArrayRecord) -> int:
     """Bytes of the arrays' values in a record, without Flower's framing."""
-    return sum(int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize for array in record.values())
+    return sum(prod(array.shape) * np.dtype(array.dtype).itemsize for array in record.values())

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from common.config import FederationConfig
 from common.models.weights import Weights
-from common.wire import LARGEST, METRICS, UPDATE, Pending, number, payload_bytes, pending_of, whole_number
+from common.wire import LARGEST, METRICS, UPDATE, Pending, number, payload_bytes, pending_of, record, whole_number
 from server.roster import Roster
+
 
 class Explicit(NamedTuple):
     """An update by its numbers."""
@@ -57,9 +58,10 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
         wrong type, not finite or larger than `LARGEST`.
     """
     if message.has_error():
-        raise Rejected(f"refused: {message.error.reason or 'no reason given'}")
+        raise Rejected(f"refused: {' '.join((message.error.reason or 'no reason given').split())[:200]}")
     try:
-        arrays, metrics = message.content.array_records[UPDATE], message.content.metric_records[METRICS]
+        arrays = record(message.content, UPDATE, ArrayRecord)
+        metrics = record(message.content, METRICS, MetricRecord)
         user, events = whole_number(metrics, "user"), whole_number(metrics, "events")
         loss = float(number(metrics, "loss"))
         # What this process computes itself has been checked by its maker, and is not computed one by one.
@@ -150,7 +152,7 @@ def _spread(members: list[tuple[int, float]], size: int) -> NDArray[np.float32]:
     """Importance of each of `size` users, 0 for those whose reply isn't there."""
     spread = np.zeros(size, dtype=np.float32)
     for i, weight in members:
-        spread[i] = weight
+        spread[i] += weight
     return spread
 
 

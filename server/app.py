@@ -7,8 +7,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from common.metrics import point
 from common.run_config import experiment_of
-from server.journal import Observer
 from server.rounds import serve
 
 app = ServerApp()
@@ -17,10 +17,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names; into the folder $HUSHREC_OUT where that is set."""
-    out = os.environ.get("HUSHREC_OUT")
-    outcome = serve(grid, experiment_of(context), Path(out) if out else None, log_line)
-    logging.getLogger("flwr").info("done after %d rounds; best round %d", outcome.rounds, outcome.best_round)
-
-
-log_line: Observer = lambda line: logging.getLogger("flwr").info("%s", line)  # noqa: E731
-"""Observer that writes each record to Flower's log."""
+    say = logging.getLogger("flwr").info
+    experiment, out = experiment_of(context), os.environ.get("HUSHREC_OUT")
+    outcome = serve(grid, experiment, Path(out) if out else None, lambda record: say("%s", record))
+    figures = point(outcome.test[0], sorted({10, *experiment.evaluation.cutoffs}))
+    say("%s", {"round": outcome.best_round, "kind": "test", **figures})

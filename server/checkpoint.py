@@ -142,4 +142,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = {**json.loads((file.metadata() or {})["hushrec"])}
             return {name: file.get_tensor(name).clone() for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, TypeError) as fault:
-        raise StateError(f"{path}: not a file of hushrec, or a truncated one ({fault}); restore it, or remove it and start again") from fault
+        raise StateError(
+            f"{path}: not a file of hushrec, or a truncated one ({fault}); restore it, or remove it and start again"
+        ) from fault

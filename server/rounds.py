@@ -94,11 +94,12 @@ def serve(
     last, every = experiment.federation.rounds, experiment.evaluation.every
     while state.round < last and not _worn_out(experiment, state):
         state.round += 1
-        record(_train(grid, strategy, state.round))
+        record(train_round(grid, strategy, state.round))
         if state.round % every == 0 or state.round == last:
             record(_validate(grid, strategy, state))
         stop = stopping()
-        if folder and (stop or state.round == last or state.round % experiment.runtime.checkpoint_every == 0):
+        due = state.round % experiment.runtime.checkpoint_every == 0
+        if folder and (stop or due or state.round == last or _worn_out(experiment, state)):
             kept = replace(state, optimizer=strategy.optimizer.state())
             checkpoint.save(folder / CHECKPOINT_FILE, kept, experiment)
         if stop and state.round < last:
@@ -125,7 +126,8 @@ def _worn_out(experiment: Experiment, state: State) -> bool:
     return patience is not None and state.stale >= patience
 
 
-def _train(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str, Any]:
+def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str, Any]:
+    """One whole round of training; its line for `metrics.jsonl`."""
     began = time.perf_counter()
     messages = strategy.configure_train(round_, strategy.arrays(), ConfigRecord(), grid)
     _, metrics = strategy.aggregate_train(round_, grid.send_and_receive(messages, timeout=TIMEOUT))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from common.config import Experiment, experiment_hash
 from common.metrics import point
 from common.models.weights import Weights
-from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, whole_number
+from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, record, whole_number
 from server.aggregation import admit, weigh, weighted_sum
 from server.optimizers import ServerOptimizer, mean_of
 from server.roster import Roster, messages
@@ -93,7 +93,7 @@ class FederatedRanking(Strategy):
             if reply.has_error():
                 continue
             with suppress(KeyError, TypeError):  # what is no number is no rank
-                said = reply.content.metric_records[METRICS]
+                said = record(reply.content, METRICS, MetricRecord)
                 user, rank = whole_number(said, "user"), number(said, "rank")
                 if self.roster.hosts(reply.metadata.src_node_id, user) and 1 <= rank <= self.roster.items:
                     full[user] = rank

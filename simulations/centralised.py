@@ -11,6 +11,7 @@ from math import sqrt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.config import Experiment, ModelConfig
@@ -99,6 +100,8 @@ def train(experiment: Experiment, model: SASRec, sequences: Sequences, batches: 
         raise ValueError("the centralised loop steps with Adam; set federation.optimizer.kind=fedadam")
     optimizer = torch.optim.Adam(model.parameters(), lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps)
     for step, users in batches:
+        if not (sequences.stops(users, "train")[0] - sequences.offsets[users] > 1).any():
+            continue  # no token, no step; the server makes none either
         optimizer.zero_grad()
         loss(experiment, model, sequences, users, step).backward()
         optimizer.step()
@@ -131,3 +134,23 @@ def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Int
     positive = (hidden * model.item(targets)).sum(-1, keepdim=True)
     negative = (hidden @ model.item(torch.from_numpy(negatives)).T).masked_fill(~allowed, -torch.inf)
     return F.cross_entropy(torch.cat([positive, negative], -1), torch.zeros(len(targets), dtype=torch.int64))
+
+
+def test_ranks(model: SASRec, sequences: Sequences) -> NDArray[np.float64]:
+    """Rank of every user's test item, one user at a time, NaN where there is none; ties at their expectation."""
+    ranks = np.full(len(sequences), np.nan)
+    with torch.no_grad():
+        for user in range(len(sequences)):
+            place, start = int(sequences.test[user]), int(sequences.offsets[user])
+            if place <= start:
+                continue
+            history = torch.from_numpy(sequences.items[start:place].astype(np.int64))
+            window = history[-model.position.num_embeddings :]
+            scores = model(window[None])[0, -1] @ model.item.weight.T  # (I,)
+            target = int(sequences.items[place])
+            others = torch.ones(len(scores), dtype=torch.bool)
+            others[history] = False
+            others[target] = False
+            better, equal = (scores[others] > scores[target]).sum(), (scores[others] == scores[target]).sum()
+            ranks[user] = 1 + int(better) + int(equal) / 2
+    return ranks

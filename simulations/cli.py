@@ -151,6 +151,45 @@ def recommend(
         render_items(_Screen(), items)
 
 
+@app.command()
+def certify(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Prove that every engine computes the same, and the same as centralised training; exit 1 where it does not."""
+    from simulations.certify import certify as make
+    from simulations.report import render_checks
+
+    checks = make(_load(config, overrides), _Screen(stderr=True).print)
+    passed = all(check.passed for check in checks)
+    if as_json:
+        _print_json({"checks": [{**check._asdict(), "passed": check.passed} for check in checks], "passed": passed})
+    else:
+        render_checks(_Screen(), checks)
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    workload: Annotated[
+        str, typer.Option(help="Such as ml-1m-1step, beauty-5step, population-1000000.")
+    ] = "ml-1m-1step",
+    engines: Annotated[
+        str, typer.Option(help="The first is compared with the others.")
+    ] = "vectorized,naive,centralised",
+    repeats: Annotated[int, typer.Option(min=1, help="Samples of each engine; they take turns.")] = 3,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes of the vectorized engine.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure clients per second of several engines, in turn, and their ratios."""
+    from simulations.bench import bench as measure
+    from simulations.report import render_bench
+
+    found = measure(workload, _items(engines), repeats, workers, _Screen(stderr=True).print)
+    if as_json:
+        _print_json(found)
+    else:
+        render_bench(_Screen(), found)
+
+
 @data_app.command("prepare")
 def data_prepare(config: Config, overrides: Overrides = None) -> None:
     """Read, filter and split a data set into memory-mapped arrays; reused as long as nothing changes."""

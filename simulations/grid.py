@@ -98,10 +98,18 @@ class InProcessGrid(Grid):
         replies: dict[int, Message] = {}
         for kind in dict.fromkeys(message.metadata.message_type for message in messages):
             where = [i for i, message in enumerate(messages) if message.metadata.message_type == kind]
-            here = [messages[i] for i in where]
-            users = [message.metadata.dst_node_id - FIRST_NODE for message in here]
-            replies.update(zip(where, HANDLERS[kind](here, users, self._device), strict=True))
+            replies.update(zip(where, self._handled(kind, [messages[i] for i in where]), strict=True))
         return [replies[i] for i in range(len(messages))]
+
+    def _handled(self, kind: str, messages: Sequence[Message]) -> list[Message]:
+        """Replies to all at once or, where that breaks off, one by one: the fault is then one client's."""
+        users = [message.metadata.dst_node_id - FIRST_NODE for message in messages]
+        try:
+            return HANDLERS[kind](messages, users, self._device)
+        except Exception as fault:
+            if len(messages) == 1:
+                return [_broken(messages[0], fault)]
+            return [reply for message in messages for reply in self._handled(kind, [message])]
 
     def _sequential(self, messages: Sequence[Message]) -> list[Message]:
         return [self._one(message) for message in messages]
@@ -109,8 +117,8 @@ class InProcessGrid(Grid):
     def _one(self, message: Message) -> Message:
         try:
             return client_app(message, self._context(message.metadata.dst_node_id))
-        except Exception as fault:  # as Flower does: an error reply, and the round goes on
-            return Message(Error(BROKEN, f"{type(fault).__name__}: {fault}"), reply_to=message)
+        except Exception as fault:
+            return _broken(message, fault)
 
     def _context(self, node: int) -> Context:
         if node not in self._contexts:
@@ -118,3 +126,8 @@ class InProcessGrid(Grid):
             run_config: UserConfig = {"experiment": self._device.experiment.model_dump_json(), "overrides": ""}
             self._contexts[node] = Context(self._run.run_id, node, config, RecordDict(), run_config)
         return self._contexts[node]
+
+
+def _broken(message: Message, fault: Exception) -> Message:
+    """An error reply, as Flower makes it: the round goes on without this client."""
+    return Message(Error(BROKEN, f"{type(fault).__name__}: {fault}"), reply_to=message)

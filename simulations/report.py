@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -123,6 +124,34 @@ def render_data(console: Console, facts: dict[str, Any]) -> None:
     tied = facts["tied_last_pair_share"]
     table.add_row("users whose last two events share a time", "no times" if tied is None else f"{tied:.0%}", "")
     _print(console, "As read, and what the filters keep", table)
+
+
+def render_checks(console: Console, checks: Sequence[Any]) -> None:
+    """Print a parity certificate, `simulations.certify.Check` by check."""
+    table = _table()
+    for name in ("check", "measured", "bound", ""):
+        table.add_column(name, justify="right" if name in {"measured", "bound"} else "left")
+    for check in checks:
+        measured = "–" if check.measured is None else f"{check.measured:.1e}"
+        verdict = Text("passed", "green") if check.passed else Text("BROKEN", "bold red")
+        table.add_row(check.name, measured, *(("–", "") if check.bound is None else (f"{check.bound:.0e}", verdict)))
+        if check.note:
+            table.add_row(Text(f"  {check.note}", "dim"))
+    _print(console, "Parity certificate: largest differences", table)
+
+
+def render_bench(console: Console, found: dict[str, Any]) -> None:
+    """Print what `hushrec bench` measured."""
+    table = _table()
+    for name in ("engine", "clients/s", "a round", "around training", "memory"):
+        table.add_column(name, justify="left" if name == "engine" else "right")
+    for result in found["results"]:
+        overhead = "–" if result["overhead_share"] is None else f"{result['overhead_share']:.0%}"
+        seconds, memory = f"{result['round_seconds'] * 1e3:,.0f} ms", f"{result['peak_rss_mb']:,.0f} MB"
+        table.add_row(result["engine"], f"{result['clients_per_second']:,.0f}", seconds, overhead, memory)
+    _print(console, f"{found['results'][0]['workload']}: medians", table)
+    for names, ratio in found["ratios"].items():
+        console.print(Padding(Text(f"{names}: {ratio:.2f} times as many clients a second"), (0, 1)))
 
 
 def _table() -> Table:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ from server.journal import read
 from server.rounds import Outcome, serve
 from simulations import rundir
 from simulations.baselines import baseline_ranks
-from simulations.grid import InProcessGrid
+from simulations.engines import play
 from simulations.progress import watching
 
 
@@ -64,10 +65,12 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
             rundir.check_manifest(folder, experiment, data)
         else:
             rundir.write_manifest(folder, experiment, data)
-        grid = InProcessGrid(device, experiment.runtime.engine)
         spent = sum(line["seconds"] for line in read(folder))  # by the processes that were stopped
         with watching(console, experiment.federation.rounds) as observe, _stoppable() as stopping:
-            outcome = serve(grid, experiment, folder, observe, resume=resume, stopping=stopping)
+            serving = partial(
+                serve, experiment=experiment, folder=folder, observe=observe, resume=resume, stopping=stopping
+            )
+            outcome = play(device, serving)
         result = _result(experiment, folder, device, outcome, spent + time.perf_counter() - began)
         write_json(folder / rundir.RESULT, result)
     return rundir.result(folder) or {}

@@ -68,13 +68,20 @@ class Worker:
         return rank(self.experiment, weights, self.sequences, users, split)
 
 
+class Answer(Protocol):
+    """A task's result to come."""
+
+    def result(self) -> Any:
+        """Wait for it."""
+
+
 class Pool(Protocol):
     """Several workers."""
 
     def load(self, weights: Weights) -> None:
         """Make these the weights of all tasks from now on."""
 
-    def submit(self, task: str, *arguments: Any) -> "Future[Any]":
+    def submit(self, task: str, *arguments: Any) -> Answer:
         """Ask for a method of `Worker` with the loaded weights."""
 
     def close(self) -> None:
@@ -101,7 +108,7 @@ class ProcessPool:
         for shared, part in zip(self._weights, weights, strict=True):
             shared.copy_(part)
 
-    def submit(self, task: str, *arguments: Any) -> "Future[Any]":
+    def submit(self, task: str, *arguments: Any) -> Future[Any]:
         """As in `Pool`."""
         return self._executor.submit(_work, task, *arguments)
 

@@ -1,4 +1,7 @@
-"""Windows of a cohort: by hand, then that every event is trained on once an epoch and that company changes nothing."""
+"""Windows of a cohort: by hand, then that every event is trained on once an epoch and that company changes nothing.
+
+And the chunks that a cohort is cut into: of one width each, no larger than told, each user in one of them.
+"""
 
 from collections import Counter
 
@@ -7,11 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.batches import bucket_widths, local_steps, pieces, windows
+from client import batches
+from client.batches import bucket_widths, chunks, local_steps, pieces, windows
 from common.config import LocalConfig
 from tests.support import world
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
+
+
+def planned(experiment, data, users, round_=1):
+    """Windows of each chunk of a cohort."""
+    users = np.array(users, dtype=np.int64)
+    return [windows(experiment, data, chunk, round_) for chunk in chunks(experiment, data, users, lambda *_: 1)]
 
 
 def cut(histories, users=None, round_=1, longest=6, **local):
@@ -20,7 +30,7 @@ def cut(histories, users=None, round_=1, longest=6, **local):
     data = world.sequences(histories, held_out=False)
     users = np.arange(len(histories)) if users is None else np.array(users)
     found = {}
-    for bucket in windows(experiment, data, users, round_):
+    for bucket in planned(experiment, data, users, round_):
         for user, events, lengths in zip(*bucket, strict=True):
             assert int(user) not in found
             found[int(user)] = [row[:n].tolist() for row, n in zip(events, lengths, strict=True) if n]
@@ -76,7 +86,7 @@ def test_epochs_by_hand():
 def test_shapes_padding_and_inactive_steps():
     experiment = world.experiment(federation={"local": {"epochs": 1}})
     data = world.sequences([[5, 6, 7], list(range(20, 34))], held_out=False)
-    (bucket,) = windows(experiment, data, np.array([1, 0]), 1)
+    (bucket,) = planned(experiment, data, [1, 0])
     assert bucket.users.tolist() == [1, 0]
     assert bucket.events.shape == (2, 3, 7)  # (C, S, W + 1)
     assert bucket.lengths.tolist() == [[7, 7, 2], [3, 0, 0]]
@@ -87,14 +97,14 @@ def test_shapes_padding_and_inactive_steps():
 def test_too_short_a_history_trains_nothing(local):
     experiment = world.experiment(federation={"local": local})
     data = world.sequences([[4], [], [1, 2, 3]], held_out=False)
-    for bucket in windows(experiment, data, np.arange(3), 1):
+    for bucket in planned(experiment, data, range(3)):
         for user, lengths in zip(bucket.users, bucket.lengths, strict=True):
             assert (lengths.max() >= 2) == (user == 2)
 
 
 def test_only_training_events_are_cut():
     experiment = world.experiment()
-    (bucket,) = windows(experiment, world.sequences([[1, 2, 3, 4, 5]]), np.array([0]), 1)
+    (bucket,) = planned(experiment, world.sequences([[1, 2, 3, 4, 5]]), [0])
     assert bucket.events[0, 0, : bucket.lengths[0, 0]].tolist() == [1, 2, 3]
 
 
@@ -130,7 +140,7 @@ def test_the_width_depends_on_the_user_alone(lengths, longest):
     )
 
     def widths(users):
-        return {int(u): b.events.shape[2] for b in windows(experiment, data, np.array(users), 1) for u in b.users}
+        return {int(u): b.events.shape[2] for b in planned(experiment, data, users) for u in b.users}
 
     together = widths(range(len(lengths)))
     for user, length in enumerate(lengths):
@@ -154,3 +164,63 @@ def test_random_windows_are_full_uniform_and_keyed():
 
 def test_a_short_history_has_one_window():
     assert cut(numbered([5]), steps=3, window="random") == {0: [[0, 1, 2, 3, 4]] * 3}
+
+
+# --- chunks ----------------------------------------------------------------------------------------------------------
+
+
+def chunked(lengths, users=None, cost=lambda width, steps: 1, longest=11, **local):
+    experiment = world.experiment(model={"max_length": longest}, federation={"local": local})
+    data = world.sequences(numbered(lengths), held_out=False)
+    users = np.array(range(len(lengths)) if users is None else users, dtype=np.int64)
+    return [chunk.tolist() for chunk in chunks(experiment, data, users, cost)]
+
+
+def test_chunks_by_hand(monkeypatch):
+    # Inputs 1, 8, 11 and 11, 0, 8: of the widths 8 and 11; users of a width stay in the order of the cohort.
+    lengths = [2, 9, 12, 30, 1, 9]
+    assert chunked(lengths) == [[0, 1, 4, 5], [2, 3]]
+    assert chunked(lengths, [5, 3, 1, 0]) == [[5, 1, 0], [3]]
+    assert chunked(lengths, []) == []
+    monkeypatch.setattr(batches, "CHUNK_USERS", 3)
+    assert chunked(lengths) == [[0, 1, 4], [5], [2, 3]]
+
+
+def test_a_chunk_fits_its_bytes(monkeypatch):
+    monkeypatch.setattr(batches, "CHUNK_BYTES", 100)
+    asked = []
+
+    def cost(width, steps):
+        asked.append((width, steps))
+        return 5 * width * steps
+
+    lengths = [2, 9, 12, 30, 1, 9]
+    assert chunked(lengths, cost=cost) == [[0, 1], [4, 5], [2], [3]]  # 100 // 40 and 100 // 55
+    assert chunked(lengths, cost=cost, epochs=1) == [[0, 1], [4, 5], [2], [3]]
+    assert asked == [(8, 1), (11, 1), (8, 1), (11, 3)]  # the longest of the chunk's users sets its steps
+    assert chunked(lengths, cost=lambda width, steps: 10**9) == [[user] for user in (0, 1, 4, 5, 2, 3)]
+
+
+def test_nothing_but_two_constants_bounds_a_chunk():
+    """No setting and no machine: sums run chunk by chunk, so another chunking would be another result."""
+    assert (batches.CHUNK_USERS, batches.CHUNK_BYTES) == (64, 256 * 2**20)
+    lengths, plans = [5] * 200, []
+    for runtime in ({}, {"memory_mb": 64, "threads": 7, "engine": "sequential"}):
+        experiment, data = world.experiment(runtime=runtime), world.sequences(numbered(lengths), held_out=False)
+        plans.append([len(chunk) for chunk in chunks(experiment, data, np.arange(200), lambda *_: 2**22)])
+    assert plans == [[64, 64, 64, 8]] * 2
+
+
+@settings(max_examples=50)
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 4), st.data())
+def test_each_user_is_in_one_chunk_of_its_own_width(lengths, longest, most, data):
+    users = data.draw(st.permutations(range(len(lengths))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "CHUNK_USERS", most)
+        found = chunked(lengths, users, longest=longest)
+    assert sorted(user for chunk in found for user in chunk) == sorted(users)
+    assert all(1 <= len(chunk) <= most for chunk in found)
+    widths = bucket_widths(longest).tolist()
+    for chunk in found:
+        inputs = [min(max(lengths[user] - 1, 1), longest) for user in chunk]
+        assert len({min(width for width in widths if width >= n) for n in inputs}) == 1

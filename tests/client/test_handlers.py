@@ -1,5 +1,6 @@
 """Messages in, replies out: who is refused and why, order, and that the ClientApp does the same one by one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,16 +9,17 @@ import torch
 from flwr.app import Context, RecordDict
 
 from client import device as devices
+from client import training
 from client.app import app
 from client.device import PARTITION, Device, user_of
 from client.evaluation import rank
 from client.handlers import HANDLERS, handle_evaluate, handle_query, handle_train
-from client.training import train
+from client.training import Updates, train
 from common.data.prepare import prepare
 from common.errors import UsageError
 from common.models.weights import Weights
-from common.wire import METRICS, REFUSED, UPDATE
-from tests.support import world
+from common.wire import METRICS, REFUSED, UPDATE, pending_of
+from tests.support import records, world
 
 ITEMS = 20
 HISTORIES = world.random_histories([1, 4, 6, 9, 12], ITEMS)
@@ -56,12 +58,12 @@ def said(reply):
 def test_train_replies_with_the_update(here):
     expected = {
         update.user: update
-        for update in train(here.experiment, here.weights, here.device.sequences, np.array(USERS), 1)
+        for update in records.trained(here.experiment, here.weights, here.device.sequences, np.array(USERS), 1)
     }
     for user, reply in zip(USERS, handle_train(ask(here, "train"), USERS, here.device), strict=True):
         metrics, update = reply.content.metric_records[METRICS], reply.content.array_records[UPDATE]
         assert metrics == {"user": user, "events": expected[user].events, "loss": expected[user].loss}
-        assert list(update) == ["table", "body", "rows"]
+        assert list(update) == ["rows", "table", "body"]
         np.testing.assert_array_equal(update["table"].numpy(), expected[user].weights.table)
         np.testing.assert_array_equal(update["body"].numpy(), expected[user].weights.body)
         np.testing.assert_array_equal(update["rows"].numpy(), expected[user].rows)
@@ -78,6 +80,37 @@ def test_the_full_softmax_sends_no_rows():
         "table": (ITEMS, 8),
         "body": tuple(weights.body.shape),
     }
+
+
+def test_updates_wait_until_somebody_asks(here, monkeypatch):
+    replies = handle_train(ask(here, "train"), USERS, here.device)
+    sources = [pending_of(reply.content.array_records[UPDATE]) for reply in replies]
+    assert [int(updates.users[i]) for updates, i in sources] == USERS
+    assert len({updates for updates, _ in sources}) == 1  # all of one width, hence of one chunk
+    asked = []
+    monkeypatch.setattr(Updates, "one", lambda self, i: asked.append(i) or here.weights)
+    monkeypatch.setattr(Updates, "rows", lambda self, i: asked.append(i))
+    handle_train(ask(here, "train"), USERS, here.device)
+    assert asked == []
+
+
+def test_who_trains_and_who_ranks_may_be_somebody_else(here):
+    """Where a simulation puts its worker processes."""
+    called = []
+
+    def trainer(*arguments):
+        called.append("train")
+        return train(*arguments)
+
+    def ranker(*arguments):
+        called.append("rank")
+        return rank(*arguments)
+
+    other = replace(here.device, trainer=trainer, ranker=ranker)
+    for kind in ("train", "evaluate"):
+        replies = (HANDLERS[kind](ask(here, kind), USERS, device) for device in (other, here.device))
+        assert [said(reply) for reply in next(replies)] == [said(reply) for reply in next(replies)]
+    assert called == ["train", "rank"]
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -169,7 +202,7 @@ def test_an_update_that_is_not_finite_is_kept_back(here):
     free = set(range(ITEMS)) - set(sum((HISTORIES[user] for user in (0, 1, 2, 3)), []))
     negatives = {
         row
-        for update in train(here.experiment, here.weights, here.device.sequences, np.array([0]), 1)
+        for update in records.trained(here.experiment, here.weights, here.device.sequences, np.array([0]), 1)
         for row in update.rows
     }
     item = next(item for item in HISTORIES[4][:-2] if item in free - negatives)
@@ -177,6 +210,20 @@ def test_an_update_that_is_not_finite_is_kept_back(here):
     replies = handle_train(ask(here, "train"), USERS, here.device)
     assert [reply.has_error() for reply in replies] == [False] * 4 + [True]
     assert "not finite" in replies[4].error.reason
+
+
+def test_an_update_that_is_too_large_is_kept_back(here, monkeypatch):
+    monkeypatch.setattr(training, "LARGEST", 0.0)
+    replies = handle_train(ask(here, "train"), USERS, here.device)
+    assert [reply.has_error() for reply in replies] == [False] + [True] * 4  # the first has nothing to train on
+    assert "too large" in replies[4].error.reason
+
+
+def test_a_user_that_the_trainer_forgets_is_told_so(here):
+    forgetful = replace(here.device, trainer=lambda *arguments: iter(()))
+    assert [said(reply) for reply in handle_train(ask(here, "train"), USERS, forgetful)] == [
+        (REFUSED, "no result")
+    ] * len(USERS)
 
 
 # --- the ClientApp ---------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from client.batches import windows
+from client.batches import chunks, windows
 from client.evaluation import held_out_ranks
-from client.training import _pose, shared_negatives
+from client.problem import pose
 from common.data.sequences import Sequences
 from common.metrics import hit_rate
 from tests.support import world
@@ -28,12 +28,12 @@ def memorise(loss, data=DATA):
     experiment = world.experiment(loss={**world.LOSSES[loss], **({} if loss == "bce" else {"negatives": 20})})
     seen = np.zeros((USERS, ITEMS))
     for round_ in range(1, ROUNDS + 1):
-        negatives = shared_negatives(experiment.loss, experiment.seed, round_, ITEMS)
-        for bucket in windows(experiment, data, EVERYBODY, round_):
-            problem = _pose(experiment, data, bucket, negatives, ITEMS, round_)
+        for chunk in chunks(experiment, data, EVERYBODY, lambda width, steps: 1):
+            bucket = windows(experiment, data, chunk, round_)
+            _, problem = pose(experiment, data, bucket, round_, ITEMS)
             for place, user in enumerate(bucket.users):
-                allowed = problem.allowed[place].numpy().ravel()
-                local = np.arange(problem.shared)
+                allowed = problem.barred[place].numpy().ravel() == 0
+                local = np.arange(problem.negatives)
                 if problem.private is not None:
                     real = np.arange(1, bucket.events.shape[2]) < bucket.lengths[place, :, None]  # (S, W)
                     local, allowed = problem.private[place].numpy()[real], allowed[real.ravel()]

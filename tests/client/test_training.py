@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from client import training
-from client.training import shared_negatives, train
-from common.config import BCELoss, FederationConfig, GBCELoss, LocalConfig, SampledSoftmaxLoss, SoftmaxLoss
+from client import batches, problem, training
+from common.config import FederationConfig, LocalConfig
 from common.models.weights import Weights, named
 from common.seeding import uniform_integers
-from tests.support import reference, world
+from tests.support import records, reference, world
 
 ITEMS = 60
 LONGEST = 11  # so that there are two widths of windows, 8 and 11
@@ -44,7 +43,7 @@ EACH_LOSS = pytest.mark.parametrize("loss", world.LOSSES)
 
 def updates(experiment, users=EVERYBODY, weights=None, data=DATA, round_=3):
     weights = world.weights(experiment.model, ITEMS) if weights is None else weights
-    return {update.user: update for update in train(experiment, weights, data, np.asarray(users), round_)}
+    return {update.user: update for update in records.trained(experiment, weights, data, np.asarray(users), round_)}
 
 
 def dense(update):
@@ -64,7 +63,7 @@ def agree(left, right, atol):
         assert (one.rows is None) == (other.rows is None)
         assert one.rows is None or one.rows.tolist() == other.rows.tolist()
         assert world.gap(one.weights, other.weights) <= atol
-        assert (one.events, one.finite) == (other.events, other.finite)
+        assert (one.events, one.sound) == (other.events, other.sound)
         assert one.loss == pytest.approx(other.loss, abs=1e-5)
 
 
@@ -80,14 +79,13 @@ def test_an_update_is_that_of_the_slow_reference(experiment):
         expected, loss = reference.train(experiment, weights, HISTORIES[user], user, 3)
         assert world.gap(dense(update), Weights(*(part.float() for part in expected))) < 4e-6
         assert update.loss == pytest.approx(loss, abs=1e-5)
-        assert update.finite
+        assert update.sound
         if len(HISTORIES[user]) > 1:
             assert world.gap(dense(update), Weights(*(0 * part for part in weights))) > 1e-3
 
 
 @CASES
 def test_a_cohort_is_its_users_one_by_one(experiment):
-    """Every figure to rounding; the softmaxes even to the bit where this was written (softplus has two kernels)."""
     alone = {user: updates(experiment, [user])[user] for user in EVERYBODY.tolist()}
     agree(updates(experiment), alone, 1e-6)
 
@@ -97,9 +95,11 @@ def test_neither_order_nor_chunks_matter(experiment, monkeypatch):
     together = updates(experiment)
     agree(updates(experiment, EVERYBODY[::-1]), together, 1e-6)
     for size in (1, 2):  # users a chunk
-        budget = experiment.runtime.memory_mb * 2**20 // size
-        monkeypatch.setattr(training, "_bytes_per_user", lambda *_, budget=budget: budget)
+        monkeypatch.setattr(batches, "CHUNK_USERS", size)
         agree(updates(experiment), together, 1e-6)
+    monkeypatch.undo()
+    monkeypatch.setattr(batches, "CHUNK_BYTES", 0)
+    agree(updates(experiment), together, 1e-6)
 
 
 @CASES
@@ -159,10 +159,12 @@ def test_without_a_target_nothing_moves(loss, local):
     experiment = world.experiment(loss=world.LOSSES[loss], model={"dropout": 0.2}, federation={"local": local})
     found = updates(experiment, [0, 1, 2], data=data)
     for user in (0, 1):
-        assert (found[user].events, found[user].loss, found[user].finite) == (0, 0, True)
+        assert (found[user].events, found[user].loss, found[user].sound) == (0, 0, True)
         assert not any(part.any() for part in found[user].weights)
     assert found[2].events == 1
     assert found[2].weights.body.any()
+    for lonely in ([0], [1], [0, 1]):
+        agree(updates(experiment, lonely, data=data), {user: found[user] for user in lonely}, 0)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_the_full_softmax_moves_the_whole_table():
 
 
 def test_rows_by_hand(monkeypatch):
-    monkeypatch.setattr(training, "shared_negatives", lambda *_: np.array([2, 9]))
+    monkeypatch.setattr(problem, "shared_negatives", lambda *_: np.array([2, 9]))
     data = world.sequences([[5, 9, 3]], held_out=False)
     found = updates(world.experiment(loss=world.LOSSES["gbce"]), [0], data=data)
     assert found[0].rows.tolist() == [2, 9, 3, 5]
@@ -217,30 +219,11 @@ def test_cost_does_not_grow_with_the_catalogue():
     assert all(len(update.weights.table) <= 7 + LONGEST + 1 for update in updates(experiment, weights=large).values())
 
 
-def test_shared_negatives():
-    loss = SampledSoftmaxLoss(kind="sampled-softmax", negatives=10)
-    drawn = shared_negatives(loss, 0, 1, 100)
-    assert drawn.dtype == np.int64
-    assert len(set(drawn.tolist())) == 10
-    assert drawn.tolist() == sorted(drawn.tolist())
-    assert drawn.tolist() == shared_negatives(GBCELoss(kind="gbce", negatives=10), 0, 1, 100).tolist()
-    for other in (shared_negatives(loss, 1, 1, 100), shared_negatives(loss, 0, 2, 100)):
-        assert drawn.tolist() != other.tolist()
-    for small in (4, 10):
-        assert shared_negatives(loss, 0, 1, small).tolist() == list(range(small))
-    assert [len(shared_negatives(loss, 0, 1, 100)) for loss in (SoftmaxLoss(kind="softmax"), BCELoss(kind="bce"))] == [
-        0,
-        0,
-    ]
-    counts = sum(np.bincount(shared_negatives(loss, 0, round_, 20), minlength=20) for round_ in range(400))
-    assert (abs(counts - 200) < 50).all()  # standard deviation 10
-
-
 # --- trouble stays with who has it -----------------------------------------------------------------------------------
 
 
 def healthy(found, expected, broken):
-    assert not found[broken].finite
+    assert not found[broken].sound
     agree({u: v for u, v in found.items() if u != broken}, {u: v for u, v in expected.items() if u != broken}, 1e-6)
 
 
@@ -287,7 +270,7 @@ def test_a_table_that_overflows_is_not_finite():
     update = updates(experiment, [4], Weights(torch.zeros_like(table), body))[4]
     assert update.loss == pytest.approx(np.log(ITEMS))
     assert not update.weights.body.any()
-    assert not update.finite
+    assert not update.sound
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,20 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from common.models.weights import Weights
-from common.wire import METRICS, MODEL, ROUND, LazyArray, arrays, number, pack, payload_bytes, unpack, whole_number
+from common.wire import (
+    METRICS,
+    MODEL,
+    ROUND,
+    LazyArray,
+    arrays,
+    number,
+    pack,
+    payload_bytes,
+    pending_of,
+    pending_update,
+    unpack,
+    whole_number,
+)
 from tests.support import world
 
 VALUES = [
@@ -68,7 +81,8 @@ def test_a_missing_tensor_is_a_key_error():
 
 @pytest.mark.parametrize("values", VALUES)
 def test_a_lazy_array_describes_itself_as_flowers_would(values):
-    lazy, eager = LazyArray(values), Array(values)
+    lazy, eager = arrays(a=values)["a"], Array(values)
+    assert isinstance(lazy, LazyArray)
     assert (lazy.dtype, lazy.shape, lazy.stype, lazy.data) == (eager.dtype, eager.shape, eager.stype, eager.data)
     assert lazy.object_id == eager.object_id
     assert type(lazy).__qualname__ == "Array"
@@ -76,7 +90,7 @@ def test_a_lazy_array_describes_itself_as_flowers_would(values):
 
 def test_bytes_are_made_anew_each_time():
     values = np.zeros(3, dtype=np.float32)
-    lazy = LazyArray(values)
+    lazy = LazyArray(lambda: values, (3,), "float32")
     before = lazy.data
     values[0] = 1
     assert lazy.data != before
@@ -85,6 +99,81 @@ def test_bytes_are_made_anew_each_time():
 def test_payload():
     assert payload_bytes(arrays(a=VALUES[0], b=VALUES[1], c=VALUES[2])) == 6 * 4 + 3 * 4
     assert payload_bytes(ArrayRecord([VALUES[0]])) == 24  # as it arrives over a network
+
+
+# --- updates that wait -----------------------------------------------------------------------------------------------
+
+
+class Waiting:
+    """Two users' updates of a table of width 2 and a body of 3, which note what is asked of them."""
+
+    def __init__(self, whole=False):
+        self.counts, self.whole, self.asked = np.array([2, 1]), whole, []
+
+    def __len__(self):
+        return 2
+
+    def rows(self, i):
+        self.asked.append(("rows", i))
+        return np.arange(self.counts[i], dtype=np.int32) + 5
+
+    def one(self, i):
+        self.asked.append(("one", i))
+        return Weights(torch.full((int(self.counts[i]), 2), i + 1.0), torch.full((3,), i + 0.5))
+
+
+def test_an_update_that_waits_is_described_and_not_computed():
+    updates = Waiting()
+    record = pending_update(updates, 0, (3,), 2)
+    assert {name: (array.shape, array.dtype) for name, array in record.items()} == {
+        "rows": ((2,), "int32"),
+        "table": ((2, 2), "float32"),
+        "body": ((3,), "float32"),
+    }
+    assert payload_bytes(record) == 4 * (2 + 4 + 3)
+    assert pending_of(record) == (updates, 0)
+    assert updates.asked == []
+    assert record["rows"].numpy().tolist() == [5, 6]
+    assert record["table"].numpy().tolist() == [[1, 1], [1, 1]]
+    assert record["body"].numpy().tolist() == [0.5] * 3
+    assert {i for _, i in updates.asked} == {0}
+
+
+def test_a_whole_table_that_waits_has_no_rows():
+    record = pending_update(Waiting(whole=True), 1, (3,), 2)
+    assert list(record) == ["table", "body"]
+    assert pending_of(record)[1] == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda record: pickle.loads(pickle.dumps(record))])  # noqa: S301
+def test_a_copy_waits_no_more_and_holds_the_same(copied):
+    record = pending_update(Waiting(), 1, (3,), 2)
+    twin = copied(record)
+    assert pending_of(twin) is None
+    assert list(twin) == list(record)
+    for name, array in record.items():
+        assert type(twin[name]) is Array
+        np.testing.assert_array_equal(twin[name].numpy(), array.numpy())
+        assert (twin[name].shape, twin[name].dtype) == (array.shape, array.dtype)
+
+
+@pytest.mark.parametrize("name", ["rows", "table", "body"])
+@pytest.mark.parametrize("change", ["plain", "lazy", "another's", "gone"])
+def test_a_record_in_which_anything_was_exchanged_does_not_wait(name, change):
+    """What was put there must be looked at, and must be what counts."""
+    updates = Waiting()
+    record, other = pending_update(updates, 0, (3,), 2), pending_update(updates, 1, (3,), 2)
+    values = record[name].numpy()
+    if change == "gone":
+        del record[name]
+    else:
+        record[name] = {"plain": Array(values), "lazy": arrays(a=values)["a"], "another's": other[name]}[change]
+    assert pending_of(record) is None
+
+
+def test_numbers_and_nothing_at_all_do_not_wait():
+    assert pending_of(arrays(table=VALUES[0], body=VALUES[0])) is None
+    assert pending_of(ArrayRecord()) is None
 
 
 # --- over a network --------------------------------------------------------------------------------------------------

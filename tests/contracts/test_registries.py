@@ -35,7 +35,7 @@ def test_every_loss_is_one_finite_number_per_user_with_a_gradient(kind):
     loss = build_loss(TypeAdapter(LossConfig).validate_python({"kind": kind}), items=9)
     positive, negative = torch.randn(3, 4).requires_grad_(), torch.randn(3, 4, 9).requires_grad_()
     mask = torch.tensor([[True] * 4, [True, False, False, False], [False] * 4])
-    values = loss(Candidates(positive, negative, torch.ones(1, 1, 1, dtype=torch.bool)), torch.zeros(3, 4).long(), mask)
+    values = loss(Candidates(positive, negative), torch.zeros(3, 4).long(), mask)
     assert values.shape == (3,)
     assert torch.isfinite(values).all()
     assert values[2] == 0

@@ -118,6 +118,17 @@ def test_stopped_politely(fresh, undisturbed, number):
     assert_same_run(fresh / "run", undisturbed / "run")
 
 
+def test_each_engine_goes_on_to_its_own_bits(fresh):
+    """Engines agree but for rounding, so a resumed run is held against a whole one of its own engine."""
+    whole = hushrec(fresh, "run", "tiny.yaml", "runtime.engine=sequential", "--out", "whole")
+    assert whole.code == 0, whole.err
+    stop = SIGNALLED.format(signals=[2], line=4)
+    assert hushrec(fresh, "run", "tiny.yaml", "runtime.engine=sequential", "--out", "run", before=stop).code == 130
+    assert len(metrics(fresh / "run")) < len(metrics(fresh / "whole"))
+    resumed(fresh)
+    assert_same_run(fresh / "run", fresh / "whole")
+
+
 def test_the_second_signal_stops_at_once(fresh, undisturbed):
     stopped = run(fresh, SIGNALLED.format(signals=[2, 2], line=5))
     assert stopped.code == 130

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from common.config import FederationConfig
 from common.models.weights import Weights
 from common.wire import METRICS, UPDATE
-from server.aggregation import Reply, admit, weigh, weighted_sum
+from server.aggregation import Explicit, Reply, admit, weigh, weighted_sum
 from server.roster import Roster
 from server.strategy import FederatedRanking
 from tests.support import world
@@ -230,16 +230,18 @@ def test_reasons_are_counted():
 def test_a_sound_reply_is_read_as_it_was_meant():
     (found,), rejected = admit([reply(2, rows=[5, 0])], fresh(), ROSTER)
     assert not rejected
-    assert (found.user, found.events, found.loss, found.rows.tolist()) == (2, 3, 0.5, [5, 0])
+    assert (found.user, found.events, found.loss, found.update.rows.tolist()) == (2, 3, 0.5, [5, 0])
+    np.testing.assert_array_equal(found.update.table, numbers(2, DIM, seed=2))
+    np.testing.assert_array_equal(found.update.body, numbers(BODY, seed=11))
     assert found.bytes == 4 * (2 * DIM + BODY + 2)
     (dense,), _ = admit([reply(2, rows=None)], fresh(), ROSTER)
-    assert dense.rows is None
+    assert dense.update.rows is None
     assert dense.bytes == 4 * (ITEMS * DIM + BODY)
 
 
 def test_no_rows_at_all_are_sound():
     (found,), rejected = admit([reply(1, rows=[])], fresh(), ROSTER)
-    assert (len(found.rows), not rejected) == (0, True)
+    assert (len(found.update.rows), not rejected) == (0, True)
 
 
 def test_large_but_possible_updates_pass():
@@ -251,7 +253,7 @@ def test_large_but_possible_updates_pass():
 
 def made(user, events, table, body, rows=None):
     table, body = np.array(table, dtype=np.float32), np.array(body, dtype=np.float32)
-    return Reply(user, events, 0.0, table, body, None if rows is None else np.array(rows, dtype=np.int32))
+    return Reply(user, events, 0.0, Explicit(table, body, None if rows is None else np.array(rows, dtype=np.int32)), 0)
 
 
 def test_weights_by_events_or_uniform():
@@ -271,7 +273,7 @@ def test_a_weighted_sum_by_hand():
     total = weighted_sum(replies, np.array([1, 3, 2], dtype=np.float32), weights)
     assert total.body.tolist() == [1 + 6, 10 + 60 + 2]
     assert total.table.tolist() == [[2 + 15], [18], [1 + 21 + 200]]
-    assert replies[0].table.tolist() == [[1], [2]]  # nobody wrote into what arrived
+    assert replies[0].update.table.tolist() == [[1], [2]]  # nobody wrote into what arrived
 
 
 @pytest.mark.parametrize("weighting", ["events", "uniform"])
@@ -304,8 +306,8 @@ def test_sparse_and_dense_replies_mean_the_same():
     dense = []
     for each in sparse:
         table = np.zeros((ITEMS, DIM), dtype=np.float32)
-        table[each.rows] = each.table
-        dense.append(each._replace(table=table, rows=None))
+        table[each.update.rows] = each.update.table
+        dense.append(each._replace(update=Explicit(table, each.update.body, None)))
     expected = weighted_sum(dense, importance, weights)
     for mixed in (sparse, [sparse[0], dense[1], sparse[2]], [dense[0], sparse[1], dense[2]]):
         assert world.gap(weighted_sum(mixed, importance, weights), expected) < 1e-6

@@ -1,5 +1,6 @@
 """The ServerApp: thin, so that the run config and the environment are all there is to see."""
 
+import ast
 import logging
 
 import pytest
@@ -8,7 +9,8 @@ from flwr.app import Context, RecordDict
 from client.device import Device
 from common.data.prepare import prepare
 from common.errors import ConfigError
-from server.app import app, log_line
+from server import app as module
+from server.app import app
 from server.journal import read
 from server.rounds import MODEL_FILE
 from simulations.grid import InProcessGrid
@@ -41,8 +43,14 @@ def test_without_a_folder_it_only_logs(grid, tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, logger="flwr"):
         app(grid, context())
     assert not list(tmp_path.iterdir())
-    assert "done after 2 rounds; best round 2" in caplog.text
-    assert "'kind': 'validation'" in caplog.text
+    said = [ast.literal_eval(text) for text in caplog.messages if text.startswith("{")]
+    assert [(line["round"], line["kind"]) for line in said] == [
+        (1, "train"),
+        (2, "train"),
+        (2, "validation"),
+        (2, "test"),
+    ]
+    assert 0 <= said[-1]["ndcg@10"] <= said[-1]["hr@10"] <= 1
 
 
 def test_overrides_count(tmp_path, monkeypatch):
@@ -58,8 +66,15 @@ def test_a_bad_experiment_never_starts(grid):
         app(grid, context('{"name": "x"}'))
 
 
-def test_each_record_is_one_line_of_the_log(monkeypatch, caplog):
+def test_each_record_is_one_line_of_the_log(grid, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    serve = module.serve
+
+    def talkative(grid, experiment, folder, observe):
+        observe({"round": 1, "note": "100 %"})
+        return serve(grid, experiment, folder, lambda line: None)
+
+    monkeypatch.setattr(module, "serve", talkative)
     with caplog.at_level(logging.INFO, logger="flwr"):
-        log_line({"round": 1, "note": "100 %"})
-    assert [record.getMessage() for record in caplog.records] == ["{'round': 1, 'note': '100 %'}"]
+        app(grid, context())
+    assert "{'round': 1, 'note': '100 %'}" in caplog.messages

@@ -96,7 +96,16 @@ def test_a_model_comes_back_to_the_bit(model):
         assert {name: tuple(file.get_tensor(name).shape) for name in file.keys()} == parameter_shapes(  # noqa: SIM118
             EXPERIMENT.model, ITEMS
         )
-        assert json.loads(file.metadata()["hushrec"])["experiment"] == EXPERIMENT.model_dump(mode="json")
+        told = json.loads(file.metadata()["hushrec"])["experiment"]
+    assert told == EXPERIMENT.model_dump(mode="json", exclude={"runtime"})
+
+
+def test_runtime_changes_no_byte_of_a_model(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    save_model(one, weights(), EXPERIMENT)
+    runtime = {"engine": "sequential", "threads": 7, "memory_mb": 64, "checkpoint_every": 3}
+    save_model(other, weights(), world.experiment(runtime=runtime))
+    assert one.read_bytes() == other.read_bytes()
 
 
 # --- what is wrong with a file ---------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from rich.console import Console
 from common.loading import parse
 from simulations.forecast import expected_rows, forecast, render
 
-# dim 2, one block, ffn 1, length 3. Body: position 3·2; block 4 norm vectors 8, qkv 3·4 + 6, out 4 + 2, up 4 + 2,
-# down 4 + 2; last norm 4; together 6 + 8 + 18 + 6 + 6 + 6 + 4 = 54 numbers. Item table: 100·2.
+# dim 2, one block, ffn 1, length 3. Body: position 3·2; block 4 norm vectors 8, qkv 3·4, out 4 + 2, up 4 + 2,
+# down 4 + 2; last norm 4; together 6 + 8 + 12 + 6 + 6 + 6 + 4 = 48 numbers. Item table: 100·2.
 TINY = """
 name: tiny
 data: {kind: synthetic}
@@ -19,7 +19,7 @@ model: {dim: 2, blocks: 1, max_length: 3}
 federation: {rounds: 20, cohort: 4}
 evaluation: {every: 10}
 """
-BODY, TABLE = 54, 200
+BODY, TABLE = 48, 200
 
 
 def made(*overrides):
@@ -102,7 +102,7 @@ def test_more_of_anything_never_costs_less(loss, users, items, length):
 
 
 def test_render_explains_every_number_in_human_units():
-    found = forecast(made(), users=12_345, items=100, mean_length=5)
+    found = forecast(made(), users=12_345, items=103, mean_length=5)
     table = render(found)
     console = Console(file=StringIO(), width=200)
     console.print(table)
@@ -110,7 +110,7 @@ def test_render_explains_every_number_in_human_units():
     assert table.row_count == len(found)
     assert all(key.replace("_", " ") in shown for key in found)
     assert "12,345" in shown
-    assert "1.0 kB" in shown, "1,016 bytes down"
+    assert "1.0 kB" in shown, "1,016 bytes down: 48 + 206 numbers"
     assert "3,086.25" in shown, "rounds per pass"
     assert "estimate" in shown
 

@@ -42,25 +42,41 @@ def users_of(replies):
 # --- both engines ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", world.LOSSES)
-@pytest.mark.parametrize(("local", "dropout"), [({"steps": 1}, 0.2), ({"epochs": 2, "lr": 0.2}, 0.0)])
-def test_sequential_and_vectorized_runs_are_the_same(loss, local, dropout):
+def run(engine, loss, local, dropout, optimizer):
     """From a folder on disk, over several rounds, through the whole server."""
+    experiment = world.experiment(
+        loss=world.LOSSES[loss],
+        model={"dropout": dropout},
+        federation={"rounds": 4, "cohort": 5, "local": local, "optimizer": optimizer},
+        evaluation={"every": 2, "sampled": 5},
+        runtime={"engine": engine},
+    )
+    grid = InProcessGrid(Device.open(experiment, prepare(experiment.data)), engine)
+    return serve(grid, experiment, None, lambda line: None)
 
-    def run(engine):
-        experiment = world.experiment(
-            loss=world.LOSSES[loss],
-            model={"dropout": dropout},
-            federation={"rounds": 4, "cohort": 5, "local": local},
-            evaluation={"every": 2, "sampled": 5},
-            runtime={"engine": engine},
-        )
-        grid = InProcessGrid(Device.open(experiment, prepare(experiment.data)), engine)
-        return serve(grid, experiment, None, lambda line: None)
 
-    one, other = run("vectorized"), run("sequential")
-    assert world.gap(one.weights, other.weights) < 1e-6
+FEDAVG, FEDADAM = {"kind": "fedavg"}, {"kind": "fedadam", "lr": 0.01}
+RUNS = pytest.mark.parametrize(("local", "dropout"), [({"steps": 1}, 0.2), ({"epochs": 2, "lr": 0.2}, 0.0)])
+EACH_LOSS = pytest.mark.parametrize("loss", world.LOSSES)
+
+
+@EACH_LOSS
+@RUNS
+@pytest.mark.parametrize(("optimizer", "bound"), [(FEDAVG, 1e-6), (FEDADAM, 1e-5)])
+def test_sequential_and_vectorized_runs_are_the_same(loss, local, dropout, optimizer, bound):
+    one, other = (run(engine, loss, local, dropout, optimizer) for engine in ENGINES)
+    assert world.gap(one.weights, other.weights) < bound
     assert (one.rounds, one.best_round) == (other.rounds, other.best_round)
+    for a, b in zip(one.test, other.test, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@EACH_LOSS
+@RUNS
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_engine_gives_the_same_bits_each_time(loss, local, dropout, engine):
+    one, other = (run(engine, loss, local, dropout, FEDADAM) for _ in range(2))
+    assert world.same(one.weights, other.weights)
     for a, b in zip(one.test, other.test, strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -11,7 +11,7 @@ from common.models.shapes import parameter_shapes
 from common.models.weights import Weights
 from common.seeding import generator, uniform_bits, uniform_integers
 
-WIDTHS = (8, 12, 16, 24, 32, 48)  # of the windows that dropout masks are drawn for
+WIDTHS = (8, 12, 16, 24, 32, 48)  # of the windows that private negatives are drawn for
 
 
 def parameters(config, body):
@@ -44,22 +44,22 @@ def attention(query, key, value):
 def encode(config, body, x, masks=None):
     """Hidden state after each of n events, ``(n, D)``."""
     p, n, d = parameters(config, body), len(x), config.dim
-    masks = torch.ones(1 + 2 * config.blocks, n, d) if masks is None else masks
-    x = (x * math.sqrt(d) + p["position"][:n]) * masks[0]
+    masks = torch.ones(n, 1 + 2 * config.blocks, d) if masks is None else masks
+    x = (x * math.sqrt(d) + p["position"][:n]) * masks[:, 0]
     for b in range(config.blocks):
         h = norm(x, p[f"blocks.{b}.norm1.weight"], p[f"blocks.{b}.norm1.bias"])
-        qkv = h @ p[f"blocks.{b}.qkv.weight"].T + p[f"blocks.{b}.qkv.bias"]
+        qkv = h @ p[f"blocks.{b}.qkv.weight"].T
         width, heads = d // config.heads, []
         for head in range(config.heads):
             cut = slice(head * width, (head + 1) * width)
             heads.append(attention(qkv[:, :d][:, cut], qkv[:, d : 2 * d][:, cut], qkv[:, 2 * d :][:, cut]))
         h = torch.cat(heads, -1) @ p[f"blocks.{b}.out.weight"].T + p[f"blocks.{b}.out.bias"]
-        x = x + h * masks[2 * b + 1]
+        x = x + h * masks[:, 2 * b + 1]
         h = norm(x, p[f"blocks.{b}.norm2.weight"], p[f"blocks.{b}.norm2.bias"])
         h = h @ p[f"blocks.{b}.up.weight"].T + p[f"blocks.{b}.up.bias"]
         h = h * (1 + torch.erf(h / math.sqrt(2))) / 2
         h = h @ p[f"blocks.{b}.down.weight"].T + p[f"blocks.{b}.down.bias"]
-        x = x + h * masks[2 * b + 2]
+        x = x + h * masks[:, 2 * b + 2]
     return norm(x, p["norm.weight"], p["norm.bias"])
 
 
@@ -113,10 +113,10 @@ def train(experiment, weights, history, user, round_):
             continue
         masks, sites = None, 1 + 2 * model.blocks
         if model.dropout:
-            bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, [user], sites * width * model.dim)[0]
+            bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, [user], n * sites * model.dim)[0]
             share = round(model.dropout * 65536)
             kept = torch.from_numpy(bits.astype("int64") >= share).double() / (1 - share / 65536)
-            masks = kept.reshape(sites, width, model.dim)[:, :n]
+            masks = kept.reshape(n, sites, model.dim)
         hidden = encode(model, body, torch.stack([table[item] for item in piece[:-1]]), masks)
         total = 0
         for t in range(n):

@@ -94,4 +94,5 @@ def same(left: Weights, right: Weights, atol=0.0):
 
 def gap(left: Weights, right: Weights):
     """Largest difference between two sets of weights."""
-    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
+    assert [part.shape for part in left] == [part.shape for part in right]
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True) if a.numel())

@@ -41,6 +41,8 @@ def test_linear_by_hand():
     assert linear(x, weight, bias).tolist() == [[[1, 12, 99]], [[3, 14, 99]]]
     each = torch.stack([weight, 2 * weight]), torch.stack([bias, bias * 0])
     assert linear(x, *each).tolist() == [[[1, 12, 99]], [[6, 8, -2]]]
+    assert linear(x, weight).tolist() == [[[1, 2, -1]], [[3, 4, -1]]]
+    assert linear(x, each[0]).tolist() == [[[1, 2, -1]], [[6, 8, -2]]]
 
 
 def test_layer_norm_by_hand():
@@ -97,7 +99,7 @@ def test_attention_is_torchs_own(heads):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_encoder_is_the_slow_reference(config, masked):
     body, x = body_of(config), draw(3, 6, config.dim)
-    masks = (draw(3, dropout_sites(config), 6, config.dim, seed=4) > 0).float() * 2 if masked else None
+    masks = (draw(3, 6, dropout_sites(config), config.dim, seed=4) > 0).float() * 2 if masked else None
     fast = encode(config, named(config, body), x, masks)
     for user in range(3):
         slow = reference.encode(
@@ -171,10 +173,10 @@ def test_masks_drop_at_each_site():
     parameters, x = named(CONFIG, body_of(CONFIG)), draw(1, 6, 8)
     whole = encode(CONFIG, parameters, x)
     assert dropout_sites(CONFIG) == 5
-    assert torch.allclose(encode(CONFIG, parameters, x, torch.ones(1, 5, 6, 8)), whole)
+    assert torch.allclose(encode(CONFIG, parameters, x, torch.ones(1, 6, 5, 8)), whole)
     for site in range(5):
-        masks = torch.ones(1, 5, 6, 8)
-        masks[:, site] = 0
+        masks = torch.ones(1, 6, 5, 8)
+        masks[:, :, site] = 0
         assert (encode(CONFIG, parameters, x, masks) - whole).abs().max() > 1e-2
 
 
@@ -186,7 +188,7 @@ def test_gradients_are_finite_differences():
 
     def loss(table, body):
         hidden = encode(config, named(config, body), F.embedding(items, table))
-        return softmax(Candidates(hidden, hidden @ table.T, mask), targets, mask).sum()
+        return softmax(Candidates(hidden.sum(-1), hidden @ table.T), targets, mask).sum()
 
     table.requires_grad_(), body.requires_grad_()
     gradients = torch.autograd.grad(loss(table, body), (table, body))

@@ -1,0 +1,245 @@
+"""Speed, measured where it can be compared: engines in turn, several times over, each in a process of its own.
+
+Machines are noisy, so seconds mean little; ratios inside one interleaved run do. A round is whole: sampling, messages,
+local training, aggregation, the server's step. Data are made up in the shape of well-known sets, so it runs anywhere.
+"""
+
+import copy
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from flwr.serverapp import Grid
+
+from client.device import Device
+from common.config import Experiment, experiment_hash
+from common.data.prepare import prepare
+from common.errors import UsageError
+from common.models.weights import initialise, named
+from server.roster import Roster
+from server.rounds import train_round
+from server.sampling import cohort
+from server.strategy import FederatedRanking
+from simulations import centralised
+from simulations.engines import play
+
+ENGINES = ("vectorized", "sequential", "naive", "ray", "centralised")
+ROUNDS, RAY_USERS = 4, 400
+"""Timed rounds of a sample, after one to warm up; nodes that Ray gets, since its cost grows with all of them."""
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "ml-1m": {"users": 6040, "items": 3416, "interests": 40, "mean_length": 165.0, "max_length": 1000},
+    "beauty": {"users": 22363, "items": 12101, "interests": 100, "mean_length": 8.9, "max_length": 100},
+}
+_LOSSES: dict[str, dict[str, Any]] = {
+    "": {"kind": "sampled-softmax", "negatives": 256},
+    "-softmax": {"kind": "softmax"},
+}
+
+
+class Sample(NamedTuple):
+    """One engine on one workload, once."""
+
+    round_seconds: float
+    overhead_share: float | None
+    peak_rss_mb: float
+    bytes_up_per_client: float | None
+
+
+def workloads() -> dict[str, Experiment]:
+    """Everything that can be measured, by name: ``SHAPE[-softmax]-Nstep`` and ``population-N``."""
+    named_loads = {}
+    for shape, data in _SHAPES.items():
+        for suffix, loss in _LOSSES.items():
+            for steps in (1, 5):
+                named_loads[f"{shape}{suffix}-{steps}step"] = _experiment(data, loss, steps, 100)
+    for users in (10_000, 100_000, 1_000_000):
+        data = {"users": users, "items": 50_000, "interests": 500, "mean_length": 20.0, "max_length": 100}
+        named_loads[f"population-{users}"] = _experiment(data, _LOSSES[""], 1, 1000)
+    return named_loads
+
+
+def bench(
+    workload: str, engines: Sequence[str], repeats: int, workers: int = 0, report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Measure some engines on a workload.
+
+    Parameters
+    ----------
+    workload : str
+        One of `workloads`.
+    engines : sequence of str
+        Some of `ENGINES`.
+    repeats : int
+        Samples of each; engines take turns.
+    workers : int
+        Worker processes of `vectorized`; 0 trains in its main process.
+    report : callable
+        Told what is under way.
+
+    Returns
+    -------
+    dict
+        ``results``: one per engine, medians over the repeats; ``ratios`` of clients per second, medians over the
+        repeats of the ratio inside each.
+
+    Raises
+    ------
+    UsageError
+        Where a name is unknown.
+    """
+    known = workloads()
+    for name, options in ((workload, list(known)), *((engine, list(ENGINES)) for engine in engines)):
+        if name not in options:
+            raise UsageError(f"{name}: unknown; known are {', '.join(options)}")
+    experiment = known[workload]
+    prepare(experiment.data)
+    samples: dict[str, list[Sample]] = {engine: [] for engine in engines}
+    for turn in range(repeats):
+        for engine in engines:
+            report(f"{workload}, {engine}, {turn + 1} of {repeats}")
+            samples[engine].append(_apart(workload, engine, workers))
+    return {"results": [_result(workload, experiment, e, s) for e, s in samples.items()], "ratios": _ratios(samples)}
+
+
+def _experiment(data: dict[str, Any], loss: dict[str, Any], steps: int, users: int) -> Experiment:
+    return Experiment.model_validate(
+        {
+            "name": "bench",
+            "data": {"kind": "synthetic", **data},
+            "model": {"dim": 64, "blocks": 2, "heads": 1, "max_length": 50, "dropout": 0.2},
+            "loss": loss,
+            "federation": {"cohort": users, "local": {"steps": steps, "lr": 1.0 / steps}},
+        }
+    )
+
+
+def _apart(workload: str, engine: str, workers: int) -> Sample:
+    """A sample in a new process, so that memory is its own and nothing is warm but the disk."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(_sample, (workload, engine, workers))
+
+
+def _sample(workload: str, engine: str, workers: int) -> Sample:
+    experiment = workloads()[workload]
+    if engine == "ray":
+        data = experiment.data.model_copy(update={"users": min(RAY_USERS, experiment.data.users)})  # type: ignore[union-attr]
+        experiment = experiment.model_copy(update={"data": data})
+    runtime = experiment.runtime.model_copy(
+        update={
+            "engine": engine if engine in {"sequential", "ray"} else "vectorized",
+            "workers": workers if engine == "vectorized" else 0,
+        }
+    )
+    device = Device.open(experiment.model_copy(update={"runtime": runtime}), prepare(experiment.data))
+    if engine in {"naive", "centralised"}:
+        rounds = _naive(device) if engine == "naive" else _central(device)
+        seconds = [next(rounds) for _ in range(1 + ROUNDS)]
+        return Sample(statistics.median(seconds[1:]), None, _peak_mb(), None)
+    return _federated(device)
+
+
+def _federated(device: Device) -> Sample:
+    trained: list[float] = []
+
+    def timed(*arguments: Any) -> Iterable[Any]:
+        began = time.perf_counter()
+        updates = list(device.trainer(*arguments))
+        trained.append(time.perf_counter() - began)
+        return updates
+
+    def rounds(grid: Grid) -> list[dict[str, Any]]:
+        roster = Roster.discover(grid, experiment_hash(device.experiment))
+        start = initialise(device.experiment.model, roster.items, device.experiment.seed)
+        strategy = FederatedRanking(device.experiment, roster, start)
+        return [train_round(grid, strategy, number) for number in range(1, 2 + ROUNDS)]
+
+    plain = device.experiment.runtime.engine == "vectorized" and not device.experiment.runtime.workers
+    lines = play(replace(device, trainer=timed) if plain else device, rounds)[1:]
+    seconds = statistics.median(line["seconds"] for line in lines)
+    overhead = 1 - statistics.median(trained[1:]) / seconds if plain else None
+    return Sample(seconds, overhead, _peak_mb(), statistics.mean(line["bytes_up_per_client"] for line in lines))
+
+
+def _central(device: Device) -> Iterator[float]:
+    """Seconds of as many mini-batch steps as a round has local steps."""
+    experiment, sequences = device.experiment, device.sequences
+    model = _model(device)
+    for number in range(1, 2 + ROUNDS):
+        users = cohort(experiment.federation, len(sequences), experiment.seed, number)
+        began = time.perf_counter()
+        centralised.train(experiment, model, sequences, [(number, users)] * (experiment.federation.local.steps or 1))
+        yield time.perf_counter() - began
+
+
+def _naive(device: Device) -> Iterator[float]:
+    """Seconds of a round as most research code has it: per client a copy of the model, dense gradients, plain torch."""
+    experiment, sequences = device.experiment, device.sequences
+    local, adam = experiment.federation.local, experiment.federation.optimizer
+    model = _model(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=adam.lr)
+    for number in range(1, 2 + ROUNDS):
+        users = cohort(experiment.federation, len(sequences), experiment.seed, number)
+        began = time.perf_counter()
+        total = [torch.zeros_like(part) for part in model.parameters()]
+        for user in users:
+            mine = copy.deepcopy(model)
+            sgd = torch.optim.SGD(mine.parameters(), lr=local.lr)
+            for _ in range(local.steps or 1):
+                sgd.zero_grad()
+                centralised.loss(experiment, mine, sequences, users[users == user], number).backward()
+                sgd.step()
+            with torch.no_grad():
+                for part, here, there in zip(total, mine.parameters(), model.parameters(), strict=True):
+                    part.add_(here - there)
+        for part, change in zip(model.parameters(), total, strict=True):
+            part.grad = -change / len(users)
+        optimizer.step()
+        yield time.perf_counter() - began
+
+
+def _model(device: Device) -> centralised.SASRec:
+    experiment, items = device.experiment, device.catalogue.items
+    start = initialise(experiment.model, items, experiment.seed)
+    model = centralised.SASRec(experiment.model, items)
+    model.load_named({"item": start.table} | named(experiment.model, start.body))
+    return model
+
+
+def _peak_mb() -> float:
+    """Peak memory of this process and of the largest of its children."""
+    scale = 2**20 if os.uname().sysname == "Darwin" else 2**10
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / scale
+
+
+def _result(workload: str, experiment: Experiment, engine: str, samples: list[Sample]) -> dict[str, Any]:
+    def median(name: str) -> float | None:
+        values = [getattr(sample, name) for sample in samples]
+        return None if None in values else statistics.median(values)
+
+    seconds = statistics.median(sample.round_seconds for sample in samples)
+    return {
+        "workload": workload,
+        "engine": engine,
+        "local_steps": experiment.federation.local.steps or 1,
+        "clients_per_second": experiment.federation.cohort / seconds,
+        "round_seconds": seconds,
+        **{name: median(name) for name in ("overhead_share", "peak_rss_mb", "bytes_up_per_client")},
+    }
+
+
+def _ratios(samples: dict[str, list[Sample]]) -> dict[str, float]:
+    """How many times as many clients a second the first engine trains as each other, inside each repeat."""
+    first, *others = samples
+    return {
+        f"{first}/{other}": statistics.median(
+            b.round_seconds / a.round_seconds for a, b in zip(samples[first], samples[other], strict=True)
+        )
+        for other in others
+    }

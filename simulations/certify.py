@@ -1,0 +1,179 @@
+"""The parity certificate: every engine computes the same, and that is what centralised training computes.
+
+(a) vectorized = sequential = Flower's Ray engine, update by update. (b) In parity mode (one local step of lr 1, weights
+by events, Adam on the server) the federated run equals a plain centralised loop that shares no training code with it,
+in weights and in test metrics. (c) What more local steps cost, in NDCG, for information.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from client.device import Device
+from common.config import Experiment, experiment_hash
+from common.data.prepare import prepare
+from common.metrics import point
+from common.models.shapes import ITEM_TABLE
+from common.models.weights import Weights, initialise, named
+from common.wire import METRICS, UPDATE, whole_number
+from server.aggregation import admit, weigh, weighted_sum
+from server.roster import Roster
+from server.rounds import serve
+from server.sampling import cohort
+from server.strategy import FederatedRanking
+from simulations import centralised
+from simulations.engines import play
+
+ROUNDS, WARM_UP, LOCAL_STEPS, COHORT = 50, 5, 5, 32
+"""Rounds of (b) and (c); rounds before (a), local steps and users in it."""
+UPDATE_BOUND, WEIGHT_BOUND, METRIC_BOUND = 1e-6, 1e-4, 5e-4
+"""Largest difference of an update's number, of a weight after `ROUNDS` rounds of Adam, of a test metric."""
+
+Report = Callable[[str], None]
+
+
+class Check(NamedTuple):
+    """One line of the certificate."""
+
+    name: str
+    measured: float | None
+    """None where it could not be measured; then `note` says why, and nothing is certified."""
+    bound: float | None
+    """None where it is for information."""
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bound holds."""
+        return self.bound is None or (self.measured is not None and self.measured <= self.bound)
+
+
+def certify(experiment: Experiment, report: Report = lambda text: None) -> list[Check]:
+    """Make the certificate of an experiment's data, model and loss.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Its federation is put into parity mode; rounds and patience are the certificate's own.
+    report : callable
+        Told what is under way.
+    """
+    device = Device.open(parity_mode(experiment), prepare(experiment.data))
+    return [*_engines(device, report), *_centralised(device, report), *_drift(device, report)]
+
+
+def parity_mode(experiment: Experiment) -> Experiment:
+    """The same experiment for `ROUNDS` rounds of one local step of lr 1, weights by events, Adam on the server."""
+    adam = experiment.federation.optimizer.model_dump(exclude={"kind", "momentum"}) | {"kind": "fedadam"}
+    if experiment.federation.optimizer.kind != "fedadam":
+        adam = {"kind": "fedadam"}
+    local = {"steps": 1, "lr": 1.0}
+    federation = {"rounds": ROUNDS, "weighting": "events", "local": local, "optimizer": adam}
+    evaluation = {"every": ROUNDS, "patience": None, "users": None}
+    return altered(experiment, federation=federation, evaluation=evaluation)
+
+
+def altered(experiment: Experiment, **sections: dict[str, Any]) -> Experiment:
+    """An experiment with some keys of its sections replaced, validated again."""
+    values = experiment.model_dump(mode="json")
+    return Experiment.model_validate(values | {name: values[name] | section for name, section in sections.items()})
+
+
+def _engines(device: Device, report: Report) -> Iterator[Check]:
+    """(a), for one local step and for several, from weights that have trained a little."""
+    report("a few rounds to begin with")
+    young = _with(device, federation={"rounds": WARM_UP}, evaluation={"every": WARM_UP})
+    start = play(young, partial(serve, experiment=young.experiment, folder=None, observe=_unseen)).weights
+    engines = ["sequential"] + (["ray"] if importlib.util.find_spec("ray") else [])
+    for steps, lr in ((1, 1.0), (LOCAL_STEPS, 0.2)):
+        here = _with(device, federation={"cohort": COHORT, "local": {"steps": steps, "lr": lr}})
+        updates = {}
+        for engine in ("vectorized", *engines):
+            report(f"updates, {steps} local step(s), {engine}")
+            playing = _with(here, runtime={"engine": engine, "workers": 0})
+            updates[engine] = play(playing, partial(_updates, experiment=playing.experiment, weights=start))
+        singles, _, summed = updates["vectorized"]
+        for engine in engines:
+            gap = max(_gap(singles[user], other) for user, other in updates[engine][0].items())
+            yield Check(f"each update, {steps} local step(s): vectorized = {engine}", gap, UPDATE_BOUND)
+        if "ray" not in engines:
+            yield Check(f"each update, {steps} local step(s): vectorized = ray", None, None, "needs the ray extra")
+        _, mean, _ = updates["sequential"]
+        yield Check(f"mean update, {steps} local step(s): as summed = one by one", _gap(summed, mean), UPDATE_BOUND)
+
+
+def _updates(grid: Grid, experiment: Experiment, weights: Weights) -> tuple[dict[int, Weights], Weights, Weights]:
+    """Every update of round 1, put into a whole table; their weighted mean; and that mean as the server makes it."""
+    roster = Roster.discover(grid, experiment_hash(experiment))
+    strategy = FederatedRanking(experiment, roster, Weights(*(part.clone() for part in weights)))
+    replies = list(grid.send_and_receive(strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid)))
+    good, _ = admit(replies, weights, roster)
+    importance = weigh(good, experiment.federation)
+    importance /= importance.sum()
+    share = dict(zip((reply.user for reply in good), importance.tolist(), strict=True))
+    singles = {}
+    mean = Weights(*(torch.zeros_like(part) for part in weights))
+    for reply in replies:
+        user = whole_number(reply.content.metric_records[METRICS], "user")
+        arrays = {name: torch.from_numpy(a.numpy()) for name, a in reply.content.array_records[UPDATE].items()}
+        table = torch.zeros_like(weights.table)
+        table[arrays["rows"].long() if "rows" in arrays else slice(None)] = arrays["table"]
+        singles[user] = Weights(table, arrays["body"])
+        for part, change in zip(mean, singles[user], strict=True):
+            part.add_(change, alpha=share[user])
+    return singles, mean, weighted_sum(good, importance, weights)
+
+
+def _centralised(device: Device, report: Report) -> Iterator[Check]:
+    """(b)."""
+    experiment, sequences, items = device.experiment, device.sequences, device.catalogue.items
+    report(f"{ROUNDS} federated rounds")
+    outcome = play(device, partial(serve, experiment=experiment, folder=None, observe=_unseen))
+    report(f"{ROUNDS} centralised steps")
+    model = centralised.SASRec(experiment.model, items)
+    start = initialise(experiment.model, items, experiment.seed)
+    model.load_named({ITEM_TABLE: start.table} | named(experiment.model, start.body))
+    population = len(sequences)
+    rounds = range(1, ROUNDS + 1)
+    batches = [(r, cohort(experiment.federation, population, experiment.seed, r)) for r in rounds]
+    centralised.train(experiment, model, sequences, batches)
+    federated = {ITEM_TABLE: outcome.weights.table} | named(experiment.model, outcome.weights.body)
+    gaps = {name: float((federated[name] - value).abs().max()) for name, value in model.named().items()}
+    worst = max(gaps, key=lambda name: gaps[name])
+    name = f"weights after {ROUNDS} rounds: federated = centralised"
+    yield Check(name, gaps[worst], WEIGHT_BOUND, f"most in {worst}")
+    here, there = point(outcome.test[0], [10]), point(centralised.test_ranks(model, sequences), [10])
+    for name, value in there.items():
+        note = f"{here[name]:.5f} and {value:.5f}"
+        yield Check(f"test {name}: federated = centralised", abs(here[name] - value), METRIC_BOUND, note)
+
+
+def _drift(device: Device, report: Report) -> Iterator[Check]:
+    """(c)."""
+    values = []
+    for steps, lr in ((1, 1.0), (LOCAL_STEPS, 0.2)):
+        report(f"{ROUNDS} rounds of {steps} local step(s)")
+        here = _with(device, federation={"local": {"steps": steps, "lr": lr}})
+        outcome = play(here, partial(serve, experiment=here.experiment, folder=None, observe=_unseen))
+        values.append(point(outcome.test[0], [10])["ndcg@10"])
+    note = f"{values[0]:.4f} with one of lr 1, {values[1]:.4f} with {LOCAL_STEPS} of lr 0.2, same rounds"
+    yield Check(f"cost of {LOCAL_STEPS} local steps in test ndcg@10", values[0] - values[1], None, note)
+
+
+def _with(device: Device, **sections: dict[str, Any]) -> Device:
+    return replace(device, experiment=altered(device.experiment, **sections))
+
+
+def _gap(one: Weights, other: Weights) -> float:
+    """Largest difference of any number."""
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def _unseen(record: dict[str, Any]) -> None:
+    """Nobody watches these runs."""
