@@ -17,7 +17,12 @@ EVERYBODY = np.arange(len(HISTORIES))
 BROKEN = 6
 CASES = pytest.mark.parametrize(
     ("loss", "weighting", "dropout"),
-    [(loss, weighting, dropout) for loss in world.LOSSES for weighting in ("events", "uniform") for dropout in (0, 0.3)],
+    [
+        (loss, weighting, dropout)
+        for loss in world.LOSSES
+        for weighting in ("events", "uniform")
+        for dropout in (0, 0.3)
+    ],
 )
 EACH_LOSS = pytest.mark.parametrize("loss", world.LOSSES)
 
@@ -154,6 +159,7 @@ def broken_gradient(losses, hit):
 TROUBLE = {
     "a loss that is NaN": times(np.nan),
     "an infinite loss": times(np.inf),
+    "an infinite loss with a finite gradient": lambda losses, hit: losses + torch.where(hit, np.inf, 0.0),
     "a gradient that is NaN": broken_gradient,
     "numbers whose squares overflow": times(1e35),
     "an update that is too large": times(1e9),

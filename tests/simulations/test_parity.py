@@ -28,12 +28,12 @@ OPTIMIZERS = {"fedadam": {"lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6},
 LOSSES = ["softmax", "sampled-softmax"]
 
 
-def setup(optimizer, dropout=0.0, loss="softmax", **federation):
-    kind = {"kind": optimizer, **OPTIMIZERS[optimizer]}
+def setup(optimizer, dropout=0.0, loss="softmax", rounds=ROUNDS, **changed):
+    kind = {"kind": optimizer, **OPTIMIZERS[optimizer], **changed}
     return world.experiment(
         loss=world.LOSSES[loss],
         model={"dim": 8, "heads": 2, "blocks": 2, "dropout": dropout, "max_length": LONGEST},
-        federation={"rounds": ROUNDS, "cohort": 5, "optimizer": kind, **federation},
+        federation={"rounds": rounds, "cohort": 5, "optimizer": kind},
         evaluation={"every": ROUNDS},
     )
 
@@ -86,6 +86,13 @@ def test_federated_is_centralised(optimizer, dropout, loss):
     start, expected = initialise(experiment.model, ITEMS, 0), alone(experiment)
     assert world.gap(expected, start) > 5e-3
     assert world.gap(federated(experiment), expected) < 1e-5
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_adam_of_the_smallest_eps_does_not_drift(loss):
+    """No parameter's gradient is rounding noise alone, as that of a key's bias would be, which Adam makes steps of."""
+    experiment = setup("fedadam", loss=loss, eps=1e-8)
+    assert world.gap(federated(experiment), alone(experiment)) < 1e-5
 
 
 # --- the test has teeth ----------------------------------------------------------------------------------------------

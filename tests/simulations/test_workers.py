@@ -70,10 +70,7 @@ def asked(here, trainer, round_=1):
 
 
 def sums(here, chunks, importance=lambda updates: updates.events):
-    return [
-        records.dense(*updates.summed(importance(updates).astype(np.float32)), here.items)
-        for updates in chunks
-    ]
+    return [records.dense(*updates.summed(importance(updates).astype(np.float32)), here.items) for updates in chunks]
 
 
 def some(updates):

@@ -162,7 +162,11 @@ def test_excluded_negatives_do_not_matter(kind, cohort):
     found = ALL[kind](candidates_of(kind, scores, allowed, targets), targets, mask)
     for user in range(3):
         each = [
-            slow(kind, float(scores[user, place, targets[user, place]]), scores[user, place][allowed[user, place]].tolist())
+            slow(
+                kind,
+                float(scores[user, place, targets[user, place]]),
+                scores[user, place][allowed[user, place]].tolist(),
+            )
             for place in mask[user].nonzero().flatten().tolist()
         ]
         assert float(found[user]) == pytest.approx(sum(each) / max(1, len(each)), rel=1e-5, abs=1e-5)
