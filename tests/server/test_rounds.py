@@ -303,9 +303,11 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
 def test_without_resume_a_run_starts_anew(tmp_path):
     with pytest.raises(Interrupted):
         run(setup(), tmp_path, stopping=after(3))
-    outcome, _ = run(setup(), tmp_path)
+    lines = []
+    outcome, _ = run(setup(), tmp_path, lines.append)
     equal(outcome, run(setup())[0])
-    assert [line["round"] for line in read(tmp_path) if line["kind"] == "train"] == list(range(1, 9))
+    assert [line["round"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
+    assert timeless(read(tmp_path)) == timeless(lines)
 
 
 def test_a_checkpoint_of_another_experiment_or_catalogue(tmp_path):
