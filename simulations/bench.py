@@ -11,15 +11,19 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from flwr.serverapp import Grid
+from torch.optim import Optimizer
 
 from client.device import Device
 from common.config import Experiment, experiment_hash
 from common.data.prepare import prepare
+from common.data.sequences import Ints
 from common.errors import UsageError
 from common.models.weights import initialise, named
 from server.roster import Roster
@@ -27,11 +31,13 @@ from server.rounds import train_round
 from server.sampling import cohort
 from server.strategy import FederatedRanking
 from simulations import centralised
+from simulations.centralised import SASRec
 from simulations.engines import play
 
 ENGINES = ("vectorized", "sequential", "naive", "ray", "centralised")
 ROUNDS, RAY_USERS = 4, 400
-"""Timed rounds of a sample, after one to warm up; nodes that Ray gets, since its cost grows with all of them."""
+"""Timed rounds of a sample, after one to warm up; nodes that Ray gets for a cohort of at most so many, since its cost
+grows with all of them."""
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "ml-1m": {"users": 6040, "items": 3416, "interests": 40, "mean_length": 165.0, "max_length": 1000},
@@ -92,10 +98,10 @@ def bench(
     Raises
     ------
     UsageError
-        Where a name is unknown.
+        Where a name is unknown, or none is given.
     """
     known = workloads()
-    for name, options in ((workload, list(known)), *((engine, list(ENGINES)) for engine in engines)):
+    for name, options in ((workload, tuple(known)), *((engine, ENGINES) for engine in engines or ["no engine"])):
         if name not in options:
             raise UsageError(f"{name}: unknown; known are {', '.join(options)}")
     experiment = known[workload]
@@ -104,7 +110,7 @@ def bench(
     for turn in range(repeats):
         for engine in engines:
             report(f"{workload}, {engine}, {turn + 1} of {repeats}")
-            samples[engine].append(_apart(workload, engine, workers))
+            samples[engine].append(_apart(experiment, engine, workers))
     return {"results": [_result(workload, experiment, e, s) for e, s in samples.items()], "ratios": _ratios(samples)}
 
 
@@ -120,28 +126,25 @@ def _experiment(data: dict[str, Any], loss: dict[str, Any], steps: int, users: i
     )
 
 
-def _apart(workload: str, engine: str, workers: int) -> Sample:
+def _apart(experiment: Experiment, engine: str, workers: int) -> Sample:
     """A sample in a new process, so that memory is its own and nothing is warm but the disk."""
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(_sample, (workload, engine, workers))
+    # Not a multiprocessing.Pool: its processes may have no workers of their own.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_sample, experiment.model_dump_json(), engine, workers).result()
 
 
-def _sample(workload: str, engine: str, workers: int) -> Sample:
-    experiment = workloads()[workload]
+def _sample(told: str, engine: str, workers: int) -> Sample:
+    """A sample of an experiment, told as JSON."""
+    experiment = Experiment.model_validate_json(told)
     if engine == "ray":
-        data = experiment.data.model_copy(update={"users": min(RAY_USERS, experiment.data.users)})  # type: ignore[union-attr]
-        experiment = experiment.model_copy(update={"data": data})
-    runtime = experiment.runtime.model_copy(
-        update={
-            "engine": engine if engine in {"sequential", "ray"} else "vectorized",
-            "workers": workers if engine == "vectorized" else 0,
-        }
-    )
+        users = min(max(RAY_USERS, experiment.federation.cohort), experiment.data.users)  # type: ignore[union-attr]
+        experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"users": users})})
+    kind = engine if engine in {"sequential", "ray"} else "vectorized"
+    place = {"engine": kind, "workers": workers if engine == "vectorized" else 0}
+    runtime = experiment.runtime.model_copy(update=place)
     device = Device.open(experiment.model_copy(update={"runtime": runtime}), prepare(experiment.data))
     if engine in {"naive", "centralised"}:
-        rounds = _naive(device) if engine == "naive" else _central(device)
-        seconds = [next(rounds) for _ in range(1 + ROUNDS)]
-        return Sample(statistics.median(seconds[1:]), None, _peak_mb(), None)
+        return Sample(statistics.median([*_plain(device, engine)][1:]), None, _peak_mb(), None)
     return _federated(device)
 
 
@@ -167,48 +170,49 @@ def _federated(device: Device) -> Sample:
     return Sample(seconds, overhead, _peak_mb(), statistics.mean(line["bytes_up_per_client"] for line in lines))
 
 
-def _central(device: Device) -> Iterator[float]:
-    """Seconds of as many mini-batch steps as a round has local steps."""
+def _plain(device: Device, engine: str) -> Iterator[float]:
+    """Seconds of a `naive_round`, or of as many centralised mini-batch steps as a round has local steps."""
     experiment, sequences = device.experiment, device.sequences
-    model = _model(device)
+    model, steps = _model(device), experiment.federation.local.steps or 1
+    optimizer = centralised.adam(experiment, model)
     for number in range(1, 2 + ROUNDS):
         users = cohort(experiment.federation, len(sequences), experiment.seed, number)
         began = time.perf_counter()
-        centralised.train(experiment, model, sequences, [(number, users)] * (experiment.federation.local.steps or 1))
+        if engine == "naive":
+            naive_round(device, model, optimizer, users, number)
+        else:
+            centralised.train(experiment, model, sequences, [(number, users)] * steps)
         yield time.perf_counter() - began
 
 
-def _naive(device: Device) -> Iterator[float]:
-    """Seconds of a round as most research code has it: per client a copy of the model, dense gradients, plain torch."""
+def naive_round(device: Device, model: SASRec, optimizer: Optimizer, users: Ints, number: int) -> None:
+    """FedAvg as most research code has it: per client a copy of the model, dense gradients, plain torch; in place."""
     experiment, sequences = device.experiment, device.sequences
-    local, adam = experiment.federation.local, experiment.federation.optimizer
-    model = _model(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=adam.lr)
-    for number in range(1, 2 + ROUNDS):
-        users = cohort(experiment.federation, len(sequences), experiment.seed, number)
-        began = time.perf_counter()
-        total = [torch.zeros_like(part) for part in model.parameters()]
-        for user in users:
-            mine = copy.deepcopy(model)
-            sgd = torch.optim.SGD(mine.parameters(), lr=local.lr)
-            for _ in range(local.steps or 1):
-                sgd.zero_grad()
-                centralised.loss(experiment, mine, sequences, users[users == user], number).backward()
-                sgd.step()
-            with torch.no_grad():
-                for part, here, there in zip(total, mine.parameters(), model.parameters(), strict=True):
-                    part.add_(here - there)
-        for part, change in zip(model.parameters(), total, strict=True):
-            part.grad = -change / len(users)
-        optimizer.step()
-        yield time.perf_counter() - began
+    local, longest = experiment.federation.local, experiment.model.max_length
+    share = np.clip(sequences.stops(users, "train")[0] - sequences.offsets[users] - 1, 0, longest)  # events
+    if experiment.federation.weighting == "uniform":
+        share = np.ones_like(users)
+    total = [torch.zeros_like(part) for part in model.parameters()]
+    for user, weight in zip(users, (share / share.sum()).tolist(), strict=True):
+        mine = copy.deepcopy(model)
+        sgd = torch.optim.SGD(mine.parameters(), lr=local.lr)
+        for _ in range(local.steps or 1):
+            sgd.zero_grad()
+            centralised.loss(experiment, mine, sequences, users[users == user], number).backward()
+            sgd.step()
+        with torch.no_grad():
+            for part, here, there in zip(total, mine.parameters(), model.parameters(), strict=True):
+                part.add_(here - there, alpha=weight)
+    for part, change in zip(model.parameters(), total, strict=True):
+        part.grad = -change
+    optimizer.step()
 
 
-def _model(device: Device) -> centralised.SASRec:
+def _model(device: Device) -> SASRec:
     experiment, items = device.experiment, device.catalogue.items
-    start = initialise(experiment.model, items, experiment.seed)
-    model = centralised.SASRec(experiment.model, items)
-    model.load_named({"item": start.table} | named(experiment.model, start.body))
+    table, body = initialise(experiment.model, items, experiment.seed)
+    model = SASRec(experiment.model, items)
+    model.load_named({"item": table} | named(experiment.model, body))
     return model
 
 

@@ -18,6 +18,9 @@ from common.config import Experiment, ModelConfig
 from common.data.sequences import Ints, Sequences
 from common.seeding import generator, keep_mask, uniform_bits
 
+LOSSES = ("softmax", "sampled-softmax")
+"""Values of `loss.kind` that are known here."""
+
 
 class Block(nn.Module):
     """One pre-LN attention block."""
@@ -95,10 +98,7 @@ def train(experiment: Experiment, model: SASRec, sequences: Sequences, batches: 
     batches : iterable
         Pairs of a step's number, from 1, and its users ``(B,)``.
     """
-    adam = experiment.federation.optimizer
-    if adam.kind != "fedadam":
-        raise ValueError("the centralised loop steps with Adam; set federation.optimizer.kind=fedadam")
-    optimizer = torch.optim.Adam(model.parameters(), lr=adam.lr, betas=(adam.beta1, adam.beta2), eps=adam.eps)
+    optimizer = adam(experiment, model)
     for step, users in batches:
         if not (sequences.stops(users, "train")[0] - sequences.offsets[users] > 1).any():
             continue  # no token, no step; the server makes none either
@@ -107,8 +107,28 @@ def train(experiment: Experiment, model: SASRec, sequences: Sequences, batches: 
         optimizer.step()
 
 
+def adam(experiment: Experiment, model: SASRec) -> torch.optim.Adam:
+    """torch.optim.Adam with the server optimiser's settings.
+
+    Raises
+    ------
+    ValueError
+        Where that is no Adam.
+    """
+    config = experiment.federation.optimizer
+    if config.kind != "fedadam":
+        raise ValueError("the centralised loop steps with Adam; set federation.optimizer.kind=fedadam")
+    return torch.optim.Adam(model.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
 def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Ints, step: int) -> Tensor:
-    """Mean over all tokens of a batch, a scalar."""
+    """Mean over all tokens of a batch, a scalar.
+
+    Raises
+    ------
+    ValueError
+        Where `loss.kind` is neither softmax nor sampled-softmax.
+    """
     config = experiment.model
     stops, _ = sequences.stops(users, "train")
     width = int(np.clip((stops - sequences.offsets[users]).max() - 1, 1, config.max_length))
@@ -122,6 +142,8 @@ def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Int
         masks = torch.from_numpy(keep_mask(bits, config.dropout)).view(shape)
     hidden = model(window[:, :-1], masks)[real]  # (T, D), real tokens only
     targets = window[:, 1:][real]
+    if experiment.loss.kind not in LOSSES:
+        raise ValueError(f"the centralised loop knows {' and '.join(LOSSES)}, not {experiment.loss.kind}")
     if experiment.loss.kind == "softmax":
         return F.cross_entropy(hidden @ model.item.weight.T, targets)
     items = model.item.num_embeddings

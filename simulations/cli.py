@@ -176,13 +176,21 @@ def bench(
         str, typer.Option(help="The first is compared with the others.")
     ] = "vectorized,naive,centralised",
     repeats: Annotated[int, typer.Option(min=1, help="Samples of each engine; they take turns.")] = 3,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes of the vectorized engine.")] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Worker processes of the vectorized engine; by default one a core, 0 trains in its main process.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure clients per second of several engines, in turn, and their ratios."""
     from simulations.bench import bench as measure
     from simulations.report import render_bench
 
+    workers = (os.cpu_count() or 1) if workers is None else workers
     found = measure(workload, _items(engines), repeats, workers, _Screen(stderr=True).print)
     if as_json:
         _print_json(found)

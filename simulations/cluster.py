@@ -1,19 +1,26 @@
 """Workers on a Ray cluster. Nodes need hushrec installed; the prepared data travels to those that don't have it."""
 
+import copy
 import logging
-import tempfile
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from common.config import Experiment
 from common.data.catalogue import Catalogue
 from common.errors import DataError, StateError
 from common.models.weights import Weights
 from simulations.workers import Worker
+
+REACHED, STARTED = 10.0, 300.0
+"""Seconds to wait for the cluster's address to answer, and for all workers to have started."""
 
 
 class _Answer:
@@ -24,14 +31,23 @@ class _Answer:
 
     def result(self) -> Any:
         """Wait for it."""
-        return ray.get(self._reference)
+        try:
+            return copy.deepcopy(ray.get(self._reference))  # Ray's memory is read-only, of which torch warns
+        except RayActorError as fault:
+            raise StateError(f"a worker on the Ray cluster is gone ({_line(fault)})") from fault
 
 
 class _Member:
     """A worker as a Ray actor."""
 
     def __init__(self, experiment: str, folder: str, digest: str, files: dict[str, bytes]):
-        self._worker = Worker(experiment, str(_at_hand(Path(folder), digest, files)))
+        with _at_hand(Path(folder), digest, files) as here:
+            self._worker = Worker(experiment, str(here))
+
+    def node(self) -> str:
+        """Id of the node that it runs on."""
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
 
     def work(self, weights: tuple[Any, Any], task: str, arguments: tuple[Any, ...]) -> Any:
         """One task with the given weights."""
@@ -59,14 +75,15 @@ class RayPool:
     Raises
     ------
     StateError
-        Where the cluster can't be reached.
+        Where the cluster can't be reached, has too little room, or a worker can't start on its node.
     """
 
     def __init__(self, experiment: Experiment, folder: Path, workers: int, address: str):
         try:
+            _probe(address)
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as fault:
-            raise StateError(f"runtime.ray_address={address}: no Ray cluster answers there ({fault})") from fault
+        except (OSError, RuntimeError, ValueError) as fault:
+            raise StateError(f"runtime.ray_address={address}: no Ray cluster answers there ({_line(fault)})") from fault
         member = ray.remote(num_cpus=1)(_Member).options(scheduling_strategy="SPREAD")
         files = ray.put({file.name: file.read_bytes() for file in folder.iterdir()})
         digest = Catalogue.open(folder).digest
@@ -74,6 +91,13 @@ class RayPool:
         self._members: list[Any] = [member.remote(*arguments) for _ in range(workers)]
         self._turn: Iterator[Any] = cycle(self._members)
         self._weights: Any = None
+        try:
+            self.nodes: list[str] = ray.get([each.node.remote() for each in self._members], timeout=STARTED)
+            """Id of each worker's node."""
+        except RayError as fault:
+            self.close()
+            why = "too few of its cores are free" if isinstance(fault, GetTimeoutError) else _line(fault)
+            raise StateError(f"runtime.workers={workers}: they don't start on the Ray cluster ({why})") from fault
 
     def load(self, weights: Weights) -> None:
         """As in `Pool`."""
@@ -89,14 +113,33 @@ class RayPool:
             ray.kill(member)
 
 
-def _at_hand(folder: Path, digest: str, files: dict[str, bytes]) -> Path:
-    """The prepared folder on this node: its own where it is the same, else a copy unpacked here."""
+def _probe(address: str) -> None:
+    """See whether anybody listens at ``host:port``; Ray itself would try for more than five minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), REACHED).close()
+
+
+@contextmanager
+def _at_hand(folder: Path, digest: str, files: dict[str, bytes]) -> Iterator[Path]:
+    """The prepared folder on this node: its own where it is the same, else a copy.
+
+    The copy goes again at once: who has mapped its files keeps them, and nobody's events stay on a node's disk.
+    """
     try:
-        if Catalogue.open(folder).digest == digest:
-            return folder
+        same = Catalogue.open(folder).digest == digest
     except DataError:
-        pass
-    copy = Path(tempfile.mkdtemp(prefix="hushrec-"))
-    for name, content in files.items():
-        (copy / name).write_bytes(content)
-    return copy
+        same = False
+    if same:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="hushrec-") as unpacked:
+        for name, content in files.items():
+            (Path(unpacked) / name).write_bytes(content)
+        yield Path(unpacked)
+
+
+def _line(fault: Exception) -> str:
+    """One line of what went wrong: the last, since Ray puts a worker's traceback above its fault."""
+    lines = str(fault).strip().splitlines()
+    return lines[-1].strip() if lines else type(fault).__name__

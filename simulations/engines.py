@@ -4,6 +4,7 @@ The round loop and the client code are the same for all; an engine only brings a
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,8 @@ def play(device: Device, serve: Callable[[Grid], T]) -> T:
     ------
     UsageError
         Where the engine needs an extra that is not installed.
+    StateError
+        Where Ray, or Flower's simulation engine on it, does not come up.
     """
     if device.experiment.runtime.engine == "ray":
         return _on_flowers_simulation(device, serve)
@@ -83,8 +86,14 @@ def _on_flowers_simulation(device: Device, serve: Callable[[Grid], T]) -> T:
             faults.append(fault)
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    resources: dict[str, Any] = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
-    run_simulation(server, _told(device), len(device.sequences), backend_config=resources)
+    told: dict[str, Any] = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"log_to_driver": False},  # or what actors print would come between the lines of our own stdout
+    }
+    try:
+        run_simulation(server, _told(device), len(device.sequences), backend_config=told)
+    except RuntimeError as fault:  # Flower has logged why
+        faults.append(StateError(f"Flower's simulation engine: {fault}"))
     if faults:
         raise faults[0]
     if not results:
@@ -110,6 +119,8 @@ def _told(device: Device) -> ClientApp:
 
 
 def _need_ray() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # as we tell Flower: nothing goes to its makers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the default of coming versions; else it warns
     try:
         import ray  # noqa: F401
     except ImportError as fault:
