@@ -31,8 +31,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hushrec {version('hushrec')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _hushrec() -> None:
+def _hushrec(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it.")] = False,
+) -> None:
     """Federated, privacy-preserving recommendation: every user is one Flower client.
 
     Exit codes: 0 done, 1 failed, 2 bad use, configuration or data, 130 stopped and resumable.

@@ -1,4 +1,4 @@
-"""What a run is worth: it learns; neither memory nor threads change a bit of it, nor the engine more than rounding does.
+"""What a run is worth: it learns; neither memory nor threads change a bit of it, the engine no more than rounding.
 
 And a seed makes it the same again.
 """
@@ -81,7 +81,7 @@ LOSSES = ["loss={kind: gbce, negatives: 16}", "loss={kind: sampled-softmax, nega
 def test_both_engines_give_the_same(fresh, loss):
     """Also where only some rows travel, over several steps of cut windows, with sampled metrics and users left out.
 
-    Up to rounding: a cohort is one pass, a user alone another, and Adam enlarges what it finds in the smallest gradients.
+    Up to rounding: a cohort is one pass, a user alone another, and Adam enlarges the smallest gradients.
     """
     more = ["federation.local.epochs=2", "federation.sampling=poisson", "evaluation={users: 20, sampled: 9, every: 2}"]
     small = ["model.max_length=5", "federation.rounds=3"]
