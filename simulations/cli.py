@@ -238,6 +238,9 @@ def main() -> None:
     """Entry point: a fault that people can mend is one line and an exit code, never a traceback."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    # Threads of OpenMP wait by spinning; on a busy machine they then starve one another, and a round takes fifty times
+    # as long. Read by libgomp when torch loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
     sys.exit(_exit_code())
 
