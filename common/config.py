@@ -333,7 +333,7 @@ class EvaluationConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Speed and place. Nothing here changes a result."""
+    """Speed and place. Only `engine` and `threads` can touch a result, and only the last bits of its sums."""
 
     engine: Literal["vectorized", "sequential", "ray"] = "vectorized"
     """`vectorized`: the cohort of a round at once. `sequential`: user by user through the Flower ClientApp. `ray`:
