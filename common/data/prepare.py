@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from common.config import DataConfig, SyntheticData, digest
+from common.config import digest
 from common.data import folder as disk
 from common.data import readers, rules, synthetic
 from common.data.sequences import Sequences
 from common.data.split import split
 from common.errors import DataError
 from common.files import sha256, write_json
+from common.sources import DataConfig, SyntheticData
 
 
 def prepare(config: DataConfig) -> Path:
