@@ -199,6 +199,14 @@ class RuntimeConfig(Section):
     checkpoint_every: Positive = 10
     """Rounds between checkpoints."""
 
+    @model_validator(mode="after")
+    def _heard(self) -> "RuntimeConfig":
+        if self.workers and self.engine != "vectorized":
+            raise ValueError(f"workers serve the vectorized engine only, not {self.engine}")
+        if self.ray_address and not self.workers:
+            raise ValueError("ray_address needs workers: say how many")
+        return self
+
 
 class Experiment(Section):
     """One experiment, from data to evaluation."""

@@ -203,17 +203,21 @@ def bench(
 @data_app.command("prepare")
 def data_prepare(config: Config, overrides: Overrides = None) -> None:
     """Read, filter and split a data set into memory-mapped arrays; reused as long as nothing changes."""
-    from common.data.prepare import prepare
+    from common.data.prepare import bad_rows, prepare
 
-    typer.echo(prepare(_load(config, overrides).data))
+    folder = prepare(_load(config, overrides).data)
+    _note(bad_rows(folder))
+    typer.echo(folder)
 
 
 @data_app.command("describe")
 def data_describe(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Count users, items and events, as read and after the filters."""
-    from common.data.prepare import describe
+    from common.data.prepare import bad_rows, describe, prepare
 
-    facts = describe(_load(config, overrides).data)
+    data = _load(config, overrides).data
+    facts = describe(data)
+    _note(bad_rows(prepare(data)))
     if as_json:
         _print_json(facts)
     else:
@@ -306,6 +310,11 @@ def _train(experiment: Experiment, folder: Path, resume: bool, quiet: bool, as_j
             _print_json({"run_dir": str(folder), "status": "stopped"})
         why = str(stop) or "stopped at once"
         raise Interrupted(f"{why}; go on with: hushrec run --resume {shlex.quote(str(folder))}") from stop
+
+
+def _note(text: str) -> None:
+    if text:
+        typer.echo(text, err=True)
 
 
 def _items(history: str) -> list[str]:

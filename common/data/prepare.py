@@ -69,6 +69,13 @@ def describe(config: DataConfig) -> dict[str, Any]:
     return {**manifest["read"], "kept": manifest["kept"]}
 
 
+def bad_rows(folder: Path) -> str:
+    """One line on the malformed rows that a prepared data set left out; empty where there were none."""
+    found = disk.read_manifest(folder)["bad_rows"]
+    lines = ", ".join(map(str, found["first_lines"]))
+    return f"{found['count']:,} malformed row(s) left out, first on line {lines}" if found["count"] else ""
+
+
 def intact(folder: Path) -> bool:
     """Tell whether a prepared folder is there, whole and of today's format."""
     try:
