@@ -44,7 +44,7 @@ def extract(prepared: Path, user: int, target: Path) -> Path:
     row = user - whole.first
     start, end = int(whole.offsets[row]), int(whole.offsets[row + 1])
     with disk.being_made(target) as draft:
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "items": whole.items[start:end],
             "times": whole.times[start:end],
             "offsets": np.array([0, end - start]),
