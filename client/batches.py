@@ -82,7 +82,7 @@ def chunks(
         Working memory of one user, from the width of its windows and its number of steps.
     """
     longest = experiment.model.max_length
-    histories = sequences.stops(users, "train")[0] - sequences.offsets[users]
+    histories = sequences.stops(users, "train")[0] - sequences.starts(users)
     steps = local_steps(experiment.federation.local, histories, longest)
     widths = bucket_widths(longest)
     bucket = np.searchsorted(widths, np.clip(histories - 1, 1, longest))
@@ -111,7 +111,7 @@ def windows(experiment: Experiment, sequences: Sequences, users: Ints, round_: i
     """
     longest = experiment.model.max_length
     stops, _ = sequences.stops(users, "train")
-    histories = stops - sequences.offsets[users]
+    histories = stops - sequences.starts(users)
     steps = local_steps(experiment.federation.local, histories, longest)
     width = int(
         bucket_widths(longest)[np.searchsorted(bucket_widths(longest), np.clip(histories.max() - 1, 1, longest))]

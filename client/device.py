@@ -45,7 +45,7 @@ class Device:
     def damaged(self, users: Sequence[int]) -> set[int]:
         """Which of these users have events on items outside the catalogue; reads only theirs."""
         cohort = np.array(users, dtype=np.int64)
-        items, rows = self.sequences.events(cohort, self.sequences.offsets[cohort + 1])
+        items, rows = self.sequences.events(cohort, self.sequences.ends(cohort))
         return set(cohort[rows[(items < 0) | (items >= self.catalogue.items)]].tolist())
 
     @classmethod
@@ -63,8 +63,9 @@ class Device:
     def of(cls, context: Context) -> "Device":
         """The device that a Flower context describes.
 
-        `node_config["data-path"]` names a prepared folder (a real device's own file); without it the experiment's data
-        set is prepared and this node is the user with its `partition-id`.
+        `node_config["data-path"]` names a prepared folder, on a real device that of its own user only (see
+        `common.data.extract`); without it the experiment's data set is prepared. The node is the user with its
+        `partition-id`.
         """
         return _open(experiment_of(context), str(context.node_config.get("data-path", "")))
 

@@ -19,6 +19,7 @@ from common.models.weights import Weights, named
 from common.seeding import uniform_integers
 
 Ranks = NDArray[np.float64]
+_LOTS = 2**40
 
 
 class Ranking(NamedTuple):
@@ -66,7 +67,7 @@ def scores(
         Positions in `users` ``(B,)`` and scores ``(B, I)`` float32, free to be written to.
     """
     longest, catalogue = experiment.model.max_length, len(weights.table)
-    histories = stops - sequences.offsets[users]
+    histories = stops - sequences.starts(users)
     widths = bucket_widths(longest)
     bucket = np.searchsorted(widths, np.clip(histories, 1, longest))
     size = max(1, experiment.runtime.memory_mb * 2**20 // (16 * catalogue + 64 * longest * experiment.model.dim))
@@ -139,14 +140,15 @@ def rank(experiment: Experiment, weights: Weights, sequences: Sequences, users: 
     return Ranking(full, sampled)
 
 
-def _sample(experiment: Experiment, users: Ints, split: str, scored: Tensor, goal: Tensor) -> Tensor:
+def _sample(experiment: Experiment, users: Ints, split: Split, scored: Tensor, goal: Tensor) -> Tensor:
     """Each user's target, then distinct random items that it never had; catalogue indices ``(B, 1 + n)``.
 
-    Keyed by split and user: validation and test never share negatives. The n smallest of keyed random numbers, one an
-    item, are a uniform sample without replacement; the target draws the smallest of all, forbidden items the largest.
+    Every item draws a number keyed by the user; the n smallest are a uniform sample without replacement. Validation
+    takes even numbers and test odd ones, so they never share a negative (unless the catalogue is too small for that).
+    The target comes first of all, items that the user had last.
     """
     wanted = min(experiment.evaluation.sampled or 0, scored.shape[1] - 1)
-    drawn = uniform_integers(experiment.seed, f"sampled-{split}", 0, users, scored.shape[1], 2**31)
-    lots = torch.from_numpy(drawn).masked_fill_(torch.isneginf(scored), 2**31)
-    lots.scatter_(1, goal.unsqueeze(1), -1)
+    drawn = torch.from_numpy(uniform_integers(experiment.seed, "sampled", 0, users, scored.shape[1], _LOTS))
+    lots = drawn + (drawn % 2 == (split == "validation")) * _LOTS
+    lots.masked_fill_(torch.isneginf(scored), 2 * _LOTS).scatter_(1, goal.unsqueeze(1), -1)
     return lots.topk(wanted + 1, largest=False).indices

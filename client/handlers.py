@@ -84,7 +84,7 @@ def _known(messages: Sequence[Message], users: Sequence[int], device: Device) ->
             told = record(content, ROUND, ConfigRecord)["experiment"]
         if told != known:
             replies[i] = _refusal(message, f"experiment {told!r} is not the one that runs here ({known!r})")
-        elif not 0 <= user < len(device.sequences):
+        elif user not in device.sequences:
             replies[i] = _refusal(message, f"user {user} does not live here")
         else:
             asked.append(i)

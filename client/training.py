@@ -61,7 +61,8 @@ class Updates:
         """Item rows that each user sends, ``(C,)``."""
         self.whole = self._own.rows is None
         """Whether these are the whole table."""
-        self._sum = self._shared_step() if trained.shape[1] == 1 else None
+        # Alone, a user's sum is its update, which the stacked pass gives without doing the work twice.
+        self._sum = self._shared_step() if trained.shape[1] == 1 and len(self.users) > 1 else None
         if self._sum is None:
             self.losses = self._stacked[1]
             """Mean loss of each user over its local steps, each before its step, ``(C,)``."""
@@ -157,7 +158,11 @@ class Updates:
                         leaf.addcmul_(pull, leaf - begin, value=-local.lr)
                     leaf.sub_(gradient, alpha=local.lr)
         with torch.no_grad():
-            change = Weights(*(part.detach().sub_(begin) for part, begin in zip(here, start, strict=True)))
+            if lengths.shape[1] == 1:  # the step itself: a difference of weights would lose its last digits
+                table, *rest = (gradient.mul(-local.lr) for gradient in gradients)
+                change = Weights(table, torch.cat([part.flatten(1) for part in rest], dim=1))
+            else:
+                change = Weights(*(part.detach().sub_(begin) for part, begin in zip(here, start, strict=True)))
         return change, losses.sum(-1).numpy() / np.maximum((lengths > 1).sum(-1), 1).astype(np.float32)
 
 

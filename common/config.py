@@ -8,159 +8,9 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown key is an error, so a typo never passes for a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-# --- data --------------------------------------------------------------------------------------------------------
-
-
-class _Prepared(Section):
-    """Options that every data source shares."""
-
-    min_user_events: Natural = 0
-    """Drop users with fewer events; with `min_item_events` applied again and again until both hold (k-core)."""
-    min_item_events: Natural = 0
-    """Drop items with fewer events (see `min_user_events`)."""
-    repeats: Literal["keep", "first", "last"] = "keep"
-    """A user's repeated events on one item: keep all, or collapse to the first or the last of them."""
-    split: Literal["leave-one-out", "global-time"] = "leave-one-out"
-    """`leave-one-out`: last event = test, the one before = validation. `global-time`: two points in time, the same
-    for all users; a user's first event after each point is the held-out one."""
-    validation_from: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    """Only for `split: global-time`: quantile of all event times at which validation begins."""
-    test_from: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Only for `split: global-time`: quantile of all event times at which test begins."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "_Prepared":
-        if self.validation_from >= self.test_from:
-            raise ValueError("validation_from must be smaller than test_from")
-        return self
-
-
-class _Files(_Prepared):
-    """Options of sources that read files."""
-
-    path: str
-    """File or folder; absolute, or relative to $HUSHREC_DATA, or to the working directory."""
-    strict: bool = False
-    """Refuse a file with malformed rows; otherwise they are left out, counted and reported."""
-
-
-class MovieLensData(_Files):
-    """MovieLens as distributed: a folder with `u.data`, `ratings.dat` or `ratings.csv` (titles and genres beside)."""
-
-    kind: Literal["movielens"]
-    """Selects this source."""
-    min_rating: float | None = None
-    """Keep only events rated at least so high; by default every rating counts as an event."""
-
-
-class PairsData(_Files):
-    """One `user item` pair a line, in time order (the preparation used by SASRec and its successors)."""
-
-    kind: Literal["pairs"]
-    """Selects this source."""
-
-
-class SequencesData(_Files):
-    """One user a line: user id, then items in time order (the preparation used by S3-Rec)."""
-
-    kind: Literal["sequences"]
-    """Selects this source."""
-
-
-class RecBoleData(_Files):
-    """A RecBole atomic file `*.inter`: tab-separated, typed header such as `user_id:token`."""
-
-    kind: Literal["recbole"]
-    """Selects this source."""
-
-
-class Columns(Section):
-    """Names of the columns of a table."""
-
-    user: str = "user"
-    """Who."""
-    item: str = "item"
-    """On what."""
-    time: str | None = "time"
-    """When; `null` means that the file's order is the time order."""
-    behaviour: str | None = None
-    """View, cart, buy …"""
-    rating: str | None = None
-    """A number."""
-    domain: str | None = None
-    """Catalogue that the item belongs to; with it an item is known as `domain/item`."""
-
-
-class TableData(_Files):
-    """Any CSV, TSV or Parquet file with named columns."""
-
-    kind: Literal["table"]
-    """Selects this source."""
-    columns: Columns = Columns()
-    """Which column means what."""
-    separator: Annotated[str, Field(min_length=1, max_length=1)] = ","
-    """Between the fields of a text file."""
-    time_format: str | None = None
-    """strptime format of the time column, such as `%Y-%m-%d`; by default it holds numbers. A format without a year
-    counts within one year."""
-
-
-class SyntheticData(_Prepared):
-    """Made-up sequences with a known law, hence a known best possible ranker (see `common.data.synthetic`)."""
-
-    kind: Literal["synthetic"]
-    """Selects this source."""
-    users: Positive = 1000
-    """Number of users."""
-    items: Annotated[int, Field(ge=10)] = 500
-    """Size of the catalogue."""
-    interests: Positive = 20
-    """Groups that the items fall into."""
-    mean_length: Annotated[float, Field(ge=3)] = 20.0
-    """Mean number of events of a user."""
-    max_length: Annotated[int, Field(ge=3)] = 100
-    """Largest number of events of a user."""
-    successors: Positive = 4
-    """Each item has so many likely next items, all of its own interest."""
-    follow: Annotated[float, Field(ge=0, le=1)] = 0.8
-    """Probability that an event follows such a transition rather than the popularity inside the interest."""
-    recency: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """Weight of a past event as the cause of the next one falls by this factor per step back."""
-    noise: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Probability that an event is drawn from the overall popularity, with no cause."""
-    zipf: Annotated[float, Field(ge=0)] = 1.0
-    """Exponent of the popularity law."""
-    seed: Natural = 0
-    """Seed of the generator; apart from the experiment's, so that several seeds train on the same data."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> "SyntheticData":
-        if self.interests > self.items:
-            raise ValueError(f"interests ({self.interests}) must not exceed items ({self.items})")
-        if self.mean_length > self.max_length:
-            raise ValueError(f"mean_length ({self.mean_length}) must not exceed max_length ({self.max_length})")
-        return self
-
-
-DataConfig = Annotated[
-    MovieLensData | PairsData | SequencesData | RecBoleData | TableData | SyntheticData, Field(discriminator="kind")
-]
-
+from common.sources import DataConfig, Natural, Positive, Rate, Section, Share
 
 # --- model and loss ----------------------------------------------------------------------------------------------
 
@@ -333,7 +183,7 @@ class EvaluationConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Speed and place. Nothing here changes a result."""
+    """Speed and place. Only `engine` and `threads` can touch a result, and only the last bits of its sums."""
 
     engine: Literal["vectorized", "sequential", "ray"] = "vectorized"
     """`vectorized`: the cohort of a round at once. `sequential`: user by user through the Flower ClientApp. `ray`:
@@ -348,6 +198,14 @@ class RuntimeConfig(Section):
     """Bound on the scores held at once while ranking."""
     checkpoint_every: Positive = 10
     """Rounds between checkpoints."""
+
+    @model_validator(mode="after")
+    def _heard(self) -> "RuntimeConfig":
+        if self.workers and self.engine != "vectorized":
+            raise ValueError(f"workers serve the vectorized engine only, not {self.engine}")
+        if self.ray_address and not self.workers:
+            raise ValueError("ray_address needs workers: say how many")
+        return self
 
 
 class Experiment(Section):

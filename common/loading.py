@@ -5,6 +5,7 @@ look like, whatever YAML 1.1 makes of them; only an unquoted `null` (or nothing 
 """
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,7 +105,9 @@ def dump(experiment: Experiment) -> str:
         Every key, defaults too, in the schema's order; `parse(dump(e)) == e`.
     """
     values = experiment.model_dump(mode="json")
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=_MAX_BYTES))
+    # Characters such as U+0085 are line breaks to YAML; written as they are, they would not come back.
+    readable = json.dumps(values, ensure_ascii=False).isprintable()
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=readable, width=_MAX_BYTES))
 
 
 # --- reading: plain values, the place of each key, faults ---------------------------------------------------------

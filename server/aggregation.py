@@ -58,7 +58,7 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
         wrong type, not finite or larger than `LARGEST`.
     """
     if message.has_error():
-        raise Rejected(f"refused: {' '.join((message.error.reason or 'no reason given').split())[:200]}")
+        raise Rejected(f"refused: {one_line(message.error.reason)}")
     try:
         arrays = record(message.content, UPDATE, ArrayRecord)
         metrics = record(message.content, METRICS, MetricRecord)
@@ -76,6 +76,11 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
     if isinstance(update, Explicit):
         _check_numbers(update, weights)
     return Reply(user, events, loss, update, size)
+
+
+def one_line(reason: str | None) -> str:
+    """A stranger's reason, fit for a line of `metrics.jsonl`."""
+    return " ".join((reason or "no reason given").split())[:200]
 
 
 def _explicit(records: ArrayRecord) -> Explicit:

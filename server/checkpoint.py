@@ -83,6 +83,8 @@ def load(path: Path, experiment: Experiment) -> State:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise StateError(f"{path}: holds numbers that are not finite; delete it and start a new run")
     try:
         best = part("best")
         return State(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
 from common.config import OptimizerConfig
+from common.errors import StateError
 from common.models.weights import Weights
 
 OPTIMIZERS: dict[str, Callable[[list[Tensor], OptimizerConfig], Optimizer]] = {
@@ -52,7 +53,9 @@ class ServerOptimizer:
         """Restore what `state` gave."""
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
-            field, name = key.split(".", 1)
+            field, _, name = key.partition(".")
+            if field not in Weights._fields:
+                raise StateError(f"the checkpoint holds an optimiser state that no tensor has: {key}; start a new run")
             state.setdefault(Weights._fields.index(field), {})[name] = value
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
 

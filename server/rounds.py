@@ -108,7 +108,10 @@ def serve(
     if folder:
         checkpoint.save_model(folder / MODEL_FILE, chosen, experiment)
     best_round = state.round if state.best is None else state.best_round
-    test = _rank(grid, FederatedRanking(experiment, roster, chosen), best_round, "test")
+    judge = FederatedRanking(experiment, roster, chosen)
+    test = _rank(grid, judge, best_round, "test")
+    if judge.rejections and not np.isfinite(test[0]).any():
+        raise StateError(f"nobody could rank the test item: {', '.join(judge.rejections)}")
     return Outcome(chosen, state.round, best_round, test, strategy.bytes_down())
 
 
@@ -132,18 +135,24 @@ def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str
     messages = strategy.configure_train(round_, strategy.arrays(), ConfigRecord(), grid)
     _, metrics = strategy.aggregate_train(round_, grid.send_and_receive(messages, timeout=TIMEOUT))
     facts = {"round": round_, "kind": "train", **(metrics or {}), "seconds": time.perf_counter() - began}
-    return facts | ({"reasons": strategy.rejections} if strategy.rejections else {})
+    return facts | _reasons(strategy)
 
 
 def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str, Any]:
     began = time.perf_counter()
-    figures = strategy.quality(_rank(grid, strategy, state.round, "validation"))
+    ranks = _rank(grid, strategy, state.round, "validation")
+    figures = strategy.quality(ranks)
     if figures[SELECT] > state.best_value:
         state.best = Weights(*(part.clone() for part in state.weights))
         state.best_round, state.best_value, state.stale = state.round, figures[SELECT], 0
     else:
         state.stale += 1
-    return {"round": state.round, "kind": "validation", **figures, "seconds": time.perf_counter() - began}
+    facts = {"round": state.round, "kind": "validation", **figures, "users": int(np.isfinite(ranks[0]).sum())}
+    return facts | {"seconds": time.perf_counter() - began} | _reasons(strategy)
+
+
+def _reasons(strategy: FederatedRanking) -> dict[str, Any]:
+    return {"reasons": strategy.rejections} if strategy.rejections else {}
 
 
 def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[Ranks, Ranks]:

@@ -17,7 +17,7 @@ from common.config import Experiment, experiment_hash
 from common.metrics import point
 from common.models.weights import Weights
 from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, record, whole_number
-from server.aggregation import admit, weigh, weighted_sum
+from server.aggregation import admit, one_line, weigh, weighted_sum
 from server.optimizers import ServerOptimizer, mean_of
 from server.roster import Roster, messages
 from server.sampling import cohort, validation_users
@@ -43,7 +43,7 @@ class FederatedRanking(Strategy):
         self.optimizer = ServerOptimizer(experiment.federation.optimizer, weights)
         self.fingerprint = experiment_hash(experiment)
         self.rejections: dict[str, int] = {}
-        """Reasons for the replies left out of the last round, and how many each."""
+        """Reasons for the replies left out of the last round or ranking, and how many each."""
 
     def arrays(self) -> ArrayRecord:
         """The global weights as they travel: a copy, since steps are made in place while replies may still wait."""
@@ -86,11 +86,14 @@ class FederatedRanking(Strategy):
     def ranks(self, replies: Iterable[Message]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Full and sampled rank by user, ``(N,)`` each; NaN where a user did not or could not rank.
 
-        A reply with an error, an unknown user or an impossible rank counts as none.
+        A reply with an error, an unknown user or an impossible rank counts as none; errors are counted in `rejections`.
         """
         full, sampled = (np.full(self.roster.population, np.nan) for _ in range(2))
+        self.rejections = {}
         for reply in replies:
             if reply.has_error():
+                reason = one_line(reply.error.reason)
+                self.rejections[reason] = self.rejections.get(reason, 0) + 1
                 continue
             with suppress(KeyError, TypeError):  # what is no number is no rank
                 said = record(reply.content, METRICS, MetricRecord)

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.evaluation import held_out_ranks
-from common.config import Experiment, SyntheticData
+from common.config import Experiment
 from common.data.law import Law
 from common.data.sequences import Ints, Sequences
 from common.seeding import generator
+from common.sources import SyntheticData
 
 Ranks = NDArray[np.float64]
 Scorer = Callable[[Ints, Ints], Tensor]

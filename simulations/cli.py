@@ -31,8 +31,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"hushrec {version('hushrec')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _hushrec() -> None:
+def _hushrec(
+    version: Annotated[bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say it.")] = False,
+) -> None:
     """Federated, privacy-preserving recommendation: every user is one Flower client.
 
     Exit codes: 0 done, 1 failed, 2 bad use, configuration or data, 130 stopped and resumable.
@@ -201,17 +211,21 @@ def bench(
 @data_app.command("prepare")
 def data_prepare(config: Config, overrides: Overrides = None) -> None:
     """Read, filter and split a data set into memory-mapped arrays; reused as long as nothing changes."""
-    from common.data.prepare import prepare
+    from common.data.prepare import bad_rows, prepare
 
-    typer.echo(prepare(_load(config, overrides).data))
+    folder = prepare(_load(config, overrides).data)
+    _note(bad_rows(folder))
+    typer.echo(folder)
 
 
 @data_app.command("describe")
 def data_describe(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Count users, items and events, as read and after the filters."""
-    from common.data.prepare import describe
+    from common.data.prepare import bad_rows, describe, prepare
 
-    facts = describe(_load(config, overrides).data)
+    data = _load(config, overrides).data
+    facts = describe(data)
+    _note(bad_rows(prepare(data)))
     if as_json:
         _print_json(facts)
     else:
@@ -236,6 +250,9 @@ def main() -> None:
     """Entry point: a fault that people can mend is one line and an exit code, never a traceback."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    # Threads of OpenMP wait by spinning; on a busy machine they then starve one another, and a round takes fifty times
+    # as long. Read by libgomp when torch loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
     sys.exit(_exit_code())
 
@@ -301,6 +318,11 @@ def _train(experiment: Experiment, folder: Path, resume: bool, quiet: bool, as_j
             _print_json({"run_dir": str(folder), "status": "stopped"})
         why = str(stop) or "stopped at once"
         raise Interrupted(f"{why}; go on with: hushrec run --resume {shlex.quote(str(folder))}") from stop
+
+
+def _note(text: str) -> None:
+    if text:
+        typer.echo(text, err=True)
 
 
 def _items(history: str) -> list[str]:

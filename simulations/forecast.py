@@ -67,7 +67,7 @@ def forecast(experiment: Experiment, users: int, items: int, mean_length: float)
     rows = expected_rows(experiment, items, mean_length)
     ids = 0 if isinstance(experiment.loss, SoftmaxLoss) else _ID  # all rows, in order, need no ids
     up = (sum(sizes.values()) - sizes[ITEM_TABLE]) * _FLOAT + round(rows * (experiment.model.dim * _FLOAT + ids))
-    validations = federation.rounds // evaluation.every
+    validations = -(-federation.rounds // evaluation.every)  # the last round is validated, too
     models_sent = validations * min(evaluation.users or users, users) + users
     training = federation.rounds * cohort * (down + up)
     return {

@@ -17,6 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.app import app as client_app
 from client.device import PARTITION, Device
 from client.handlers import HANDLERS
+from common.errors import StateError
 
 FIRST_NODE = 2
 """Node of user 0; Flower's SuperLink is node 1."""
@@ -106,6 +107,8 @@ class InProcessGrid(Grid):
         users = [message.metadata.dst_node_id - FIRST_NODE for message in messages]
         try:
             return HANDLERS[kind](messages, users, self._device)
+        except StateError:  # of the machine, such as a dead worker; no client's
+            raise
         except Exception as fault:
             if len(messages) == 1:
                 return [_broken(messages[0], fault)]

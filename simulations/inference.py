@@ -60,7 +60,7 @@ class Trained:
             Where nobody has this id.
         """
         user = np.array([self.device.sequences.index_of(user_id)], dtype=np.int64)
-        stops = self.device.sequences.offsets[user + 1]
+        stops = self.device.sequences.ends(user)
         for _, scored in scores(self.device.experiment, self.weights, self.device.sequences, user, stops):
             return self._top(mask_seen(scored, self.device.sequences, user, stops)[0], k)
         raise StateError(f"user {user_id} has no events")
@@ -153,7 +153,7 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
         "metrics": {name: figure._asdict() for name, figure in figures.items()},
         "coverage@10": coverage(lists, device.catalogue.items),
         "long_tail@10": long_tail_share(lists, popularity),
-        "worst_tenth_ndcg@10": worst_tenth(ndcg(full[held], 10), stops - device.sequences.offsets[held]),
+        "worst_tenth_ndcg@10": worst_tenth(ndcg(full[held], 10), stops - device.sequences.starts(held)),
     }
 
 

@@ -22,12 +22,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.config import Experiment, SyntheticData, experiment_hash
+from common.config import Experiment, experiment_hash
 from common.data.folder import MANIFEST as DATA_MANIFEST
 from common.data.prepare import prepare
 from common.errors import StateError, UsageError
 from common.files import explained, read_json, write_bytes, write_json
 from common.loading import dump, load
+from common.sources import SyntheticData
 
 CONFIG, MANIFEST, RESULT = "config.yaml", "manifest.json", "result.json"
 _PACKAGES = ("hushrec", "flwr", "torch", "numpy", "opacus", "pydantic", "polars", "safetensors", "dp-accounting")

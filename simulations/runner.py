@@ -18,7 +18,7 @@ from rich.console import Console
 
 from client.device import Device
 from common.config import Experiment
-from common.data.prepare import prepare
+from common.data.prepare import bad_rows, prepare
 from common.files import write_json
 from common.metrics import Estimate, summarise
 from server.journal import read
@@ -61,6 +61,8 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
         began = time.perf_counter()
         data = prepare(experiment.data)
         device = Device.open(experiment, data)
+        if left_out := bad_rows(data):
+            console.print(left_out, highlight=False)
         if resume and (folder / rundir.MANIFEST).exists():
             rundir.check_manifest(folder, experiment, data)
         else:
@@ -100,11 +102,16 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         "baselines": {name: figures(baseline) for name, baseline in ranks.items()},
         "seconds": seconds,
         "clients_per_second": _ratio(sum(r["clients"] for r in trained), sum(r["seconds"] for r in trained)),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / (2**20 if sys.platform == "darwin" else 1024),
+        "peak_rss_mb": peak_memory_mb(),
         "bytes_up_per_client": _ratio(sum(r.get("bytes_up_per_client", 0) for r in trained), len(trained)),
         "bytes_down_per_client": outcome.bytes_down,
     }
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process and of the largest of its children."""
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / scale
 
 
 def _ratio(total: float, count: float) -> float:

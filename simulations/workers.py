@@ -5,8 +5,10 @@ number of workers changes nothing but the time. What crosses between processes i
 update is computed again where somebody asks for it.
 """
 
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +23,7 @@ from client.rows import Ints
 from client.training import plan, train_chunk
 from common.config import Experiment
 from common.data.sequences import Sequences, Split
+from common.errors import StateError
 from common.models.weights import Weights, body_size
 
 Floats = NDArray[np.float32]
@@ -118,6 +121,9 @@ class ProcessPool:
 
 
 def _open(experiment: str, folder: str, weights: Weights) -> None:
+    # Ctrl-C reaches the whole group; the main process alone decides when a round is over.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _here()["worker"], _here()["weights"] = Worker(experiment, folder), weights
 
 
@@ -162,6 +168,16 @@ class RemoteUpdates:
         return self._team.ask(self._weights, "single", self.users, self._round, i)
 
 
+def _result(answer: Answer) -> Any:
+    """What a worker answers; a worker that is gone is no client's fault and must not pass for one."""
+    try:
+        return answer.result()
+    except BrokenProcessPool as fault:
+        raise StateError(
+            "a worker process died, perhaps for lack of memory; lower runtime.workers or federation.cohort and --resume"
+        ) from fault
+
+
 class Team:
     """A pool as the client code sees it: trains and ranks like `client.training.train` and `client.evaluation.rank`."""
 
@@ -177,7 +193,7 @@ class Team:
         chunks = plan(experiment, sequences, users, len(weights.table))
         tasks = [self._pool.submit("solve", chunk, round_, None) for chunk in chunks]
         for task in tasks:
-            yield RemoteUpdates(self, weights, round_, task.result())
+            yield RemoteUpdates(self, weights, round_, _result(task))
 
     def rank(
         self, experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: Split
@@ -186,13 +202,13 @@ class Team:
         self._load(weights)
         parts = [users[start : start + RANK_USERS] for start in range(0, len(users), RANK_USERS)]
         tasks = [self._pool.submit("rank", part, split) for part in parts]
-        results = [task.result() for task in tasks]
+        results = [_result(task) for task in tasks]
         return Ranking(*(np.concatenate(part) for part in zip(*results, strict=True)))
 
     def ask(self, weights: Weights, task: str, *arguments: Any) -> Any:
         """One task for the given weights, and wait for it."""
         self._load(weights)
-        return self._pool.submit(task, *arguments).result()
+        return _result(self._pool.submit(task, *arguments))
 
     def _load(self, weights: Weights) -> None:
         if self._loaded is not weights:

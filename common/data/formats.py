@@ -4,11 +4,11 @@ from pathlib import Path
 
 import polars as pl
 
-from common.config import PairsData, RecBoleData, SequencesData, TableData
 from common.data import text
 from common.data.names import unknown
 from common.data.table import Table, checked
 from common.errors import DataError
+from common.sources import PairsData, RecBoleData, SequencesData, TableData
 
 
 def pairs(config: PairsData, found: list[Path]) -> Table:

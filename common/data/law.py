@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import SyntheticData
+from common.sources import SyntheticData
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import polars as pl
 
-from common.config import MovieLensData
 from common.data import text
 from common.data.table import Table, checked
 from common.errors import DataError
+from common.sources import MovieLensData
 
 _FIELDS = ["user", "item", "rating", "time"]
 _TITLES = {"u.data": ("u.item", "u.genre"), "ratings.dat": ("movies.dat",), "ratings.csv": ("movies.csv",)}

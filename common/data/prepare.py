@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from common.config import DataConfig, SyntheticData, digest
+from common.config import digest
 from common.data import folder as disk
 from common.data import readers, rules, synthetic
 from common.data.sequences import Sequences
 from common.data.split import split
 from common.errors import DataError
 from common.files import sha256, write_json
+from common.sources import DataConfig, SyntheticData
 
 
 def prepare(config: DataConfig) -> Path:
@@ -66,6 +67,13 @@ def describe(config: DataConfig) -> dict[str, Any]:
     """
     manifest = disk.read_manifest(prepare(config))
     return {**manifest["read"], "kept": manifest["kept"]}
+
+
+def bad_rows(folder: Path) -> str:
+    """One line on the malformed rows that a prepared data set left out; empty where there were none."""
+    found = disk.read_manifest(folder)["bad_rows"]
+    lines = ", ".join(map(str, found["first_lines"]))
+    return f"{found['count']:,} malformed row(s) left out, first on line {lines}" if found["count"] else ""
 
 
 def intact(folder: Path) -> bool:

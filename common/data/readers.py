@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.config import DataConfig, SyntheticData
 from common.data import formats, movielens, synthetic
 from common.data.table import Table
 from common.errors import DataError
 from common.files import explained
+from common.sources import DataConfig, SyntheticData
 
 READERS: dict[str, Callable[[Any, list[Path]], Table]] = {
     "movielens": movielens.read,

@@ -4,9 +4,9 @@ from typing import Any
 
 import polars as pl
 
-from common.config import DataConfig
 from common.data.table import Table
 from common.errors import DataError
+from common.sources import DataConfig
 
 
 def ordered(frame: pl.DataFrame) -> pl.DataFrame:

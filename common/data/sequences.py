@@ -37,6 +37,8 @@ class Sequences:
         Training events of u are ``[offsets[u], train_end[u])``.
     validation, test : (U,) int64
         Place of the held-out event in `items`, or -1. Its history is everything of the user before it.
+    first : int
+        Number of the first user here: 0, or a later one in a device's own file, which holds few users of many.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Sequences:
     train_end: Ints
     validation: Ints
     test: Ints
+    first: int = 0
 
     @classmethod
     def open(cls, folder: Path) -> "Sequences":
@@ -57,17 +60,28 @@ class Sequences:
             If the folder is not a prepared data set, or if its arrays are missing, truncated, of a wrong type, or
             disagree with one another or with the manifest.
         """
-        kept = disk.read_manifest(folder)["kept"]
-        users, events = kept["users"], kept["events"]
+        manifest = disk.read_manifest(folder)
+        users, events = manifest["kept"]["users"], manifest["kept"]["events"]
         sizes = {"items": events, "times": events, "offsets": users + 1}
         arrays = {name: disk.load_array(folder, name, sizes.get(name, users)) for name in disk.ARRAYS}
         ends = arrays["offsets"]
         if ends[0] != 0 or ends[-1] != events:
             raise disk.damaged(folder, f"offsets.npy runs from {ends[0]} to {ends[-1]}, expected 0 to {events}")
-        return cls(folder, **arrays)
+        return cls(folder, **arrays, first=manifest.get("first_user", 0))
 
     def __len__(self) -> int:
         return len(self.train_end)
+
+    def __contains__(self, user: int) -> bool:
+        return self.first <= user < self.first + len(self)
+
+    def starts(self, users: Ints) -> Ints:
+        """Places in `items` where the users' events begin, (n,) int64."""
+        return self.offsets[users - self.first]
+
+    def ends(self, users: Ints) -> Ints:
+        """Places in `items` behind the users' last events, (n,) int64."""
+        return self.offsets[users - self.first + 1]
 
     @cached_property
     def _ids(self) -> list[str]:
@@ -122,11 +136,11 @@ class Sequences:
             The held-out items, or -1 where there is none.
         """
         if split == "train":
-            return self.train_end[users], np.full(len(users), -1, dtype=np.int64)
-        places = (self.validation if split == "validation" else self.test)[users]
+            return self.train_end[users - self.first], np.full(len(users), -1, dtype=np.int64)
+        places = (self.validation if split == "validation" else self.test)[users - self.first]
         held_out = places >= 0
         targets = np.where(held_out, self.items[np.maximum(places, 0)], -1).astype(np.int64)
-        return np.where(held_out, places, self.offsets[users]), targets
+        return np.where(held_out, places, self.starts(users)), targets
 
     def events(self, users: Ints, stops: Ints) -> tuple[Ints, Ints]:
         """Gather all events of each user before its stop.
@@ -143,7 +157,7 @@ class Sequences:
         rows : (m,) int64
             For every event the index into `users`.
         """
-        starts = self.offsets[users]
+        starts = self.starts(users)
         counts = stops - starts
         rows = np.repeat(np.arange(len(users), dtype=np.int64), counts)
         # Place in `items` = start of the user + (running number - number of events of the users before).
@@ -167,7 +181,7 @@ class Sequences:
         lengths : (n,) int64
             Number of events in each window.
         """
-        lengths = np.minimum(stops - self.offsets[users], length)
+        lengths = np.minimum(stops - self.starts(users), length)
         steps = np.arange(length, dtype=np.int64)
         inside = steps < lengths[:, None]  # (n, length)
         places = np.where(inside, (stops - lengths)[:, None] + steps, 0)

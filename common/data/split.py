@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.config import DataConfig
 from common.data.sequences import Ints
 from common.errors import DataError
+from common.sources import DataConfig
 
 
 class Split(NamedTuple):

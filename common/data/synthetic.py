@@ -13,11 +13,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from common.config import SyntheticData
 from common.data import folder as disk
 from common.data import rules
 from common.data.law import Floats, Ints, Law, generator
 from common.data.table import Table
+from common.sources import SyntheticData
 
 __all__ = ["CHUNK", "Chunk", "Law", "generate", "table", "write"]
 

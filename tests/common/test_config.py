@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from common import config
+from common import config, sources
 from common.config import Experiment, digest, experiment_hash
 from common.loading import dump, load, parse
 from common.wording import json_schema
@@ -180,19 +180,19 @@ text = st.text() | st.sampled_from(
 )
 paths = {"path": text, "strict": st.booleans()}
 data = st.one_of(
-    st.builds(config.MovieLensData, kind=st.just("movielens"), min_rating=st.none() | st.floats(-9, 9), **paths),
-    st.builds(config.PairsData, kind=st.just("pairs"), **paths),
-    st.builds(config.SequencesData, kind=st.just("sequences"), min_user_events=count, **paths),
-    st.builds(config.RecBoleData, kind=st.just("recbole"), **paths),
+    st.builds(sources.MovieLensData, kind=st.just("movielens"), min_rating=st.none() | st.floats(-9, 9), **paths),
+    st.builds(sources.PairsData, kind=st.just("pairs"), **paths),
+    st.builds(sources.SequencesData, kind=st.just("sequences"), min_user_events=count, **paths),
+    st.builds(sources.RecBoleData, kind=st.just("recbole"), **paths),
     st.builds(
-        config.TableData,
+        sources.TableData,
         kind=st.just("table"),
-        columns=st.builds(config.Columns, user=text, time=st.none() | text),
+        columns=st.builds(sources.Columns, user=text, time=st.none() | text),
         separator=st.characters(exclude_categories=["Cs"]),
         time_format=st.none() | text,
         **paths,
     ),
-    st.builds(config.SyntheticData, kind=st.just("synthetic"), seed=count, follow=share, users=count),
+    st.builds(sources.SyntheticData, kind=st.just("synthetic"), seed=count, follow=share, users=count),
 )
 losses = st.one_of(
     st.just(config.SoftmaxLoss(kind="softmax")),

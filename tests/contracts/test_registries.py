@@ -7,10 +7,11 @@ import torch
 from pydantic import TypeAdapter
 
 from client.handlers import HANDLERS
-from common.config import DataConfig, LossConfig, OptimizerConfig
+from common.config import LossConfig, OptimizerConfig
 from common.data.readers import READERS
 from common.models.losses import LOSSES, Candidates, build_loss
 from common.models.weights import Weights
+from common.sources import DataConfig
 from server.optimizers import OPTIMIZERS, ServerOptimizer
 
 REGISTRIES = {

@@ -1,4 +1,4 @@
-"""Updates that wait in the server's own process: summed by their maker, not one by one; copied, they count the same."""
+"""Updates that wait in the server's process: summed by their maker, never one by one; copied, they count the same."""
 
 import copy
 import pickle

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from common.config import DataConfig
+from common.sources import DataConfig
 
 Source = Callable[..., Any]
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from common.config import SyntheticData
 from common.data.law import Law, generator, reach
+from common.sources import SyntheticData
 
 
 def config(**options):

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import Columns, MovieLensData, PairsData, SequencesData, SyntheticData, TableData
 from common.data import prepare as module
 from common.data.catalogue import Catalogue
 from common.data.prepare import describe, prepare
 from common.data.sequences import Sequences
 from common.errors import DataError
+from common.sources import Columns, MovieLensData, PairsData, SequencesData, SyntheticData, TableData
 
 PAIRS = "a x\nb y\na y\na z\nb x\n"
 

@@ -3,9 +3,9 @@ from typing import get_args
 import polars as pl
 import pytest
 
-from common.config import Columns, DataConfig, SyntheticData
 from common.data import readers
 from common.errors import DataError
+from common.sources import Columns, DataConfig, SyntheticData
 
 
 def rows(table):

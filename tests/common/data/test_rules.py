@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import MovieLensData, PairsData
 from common.data import rules
 from common.data.table import Table
 from common.errors import DataError
+from common.sources import MovieLensData, PairsData
 
 ROWS = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("uvwxyz"), st.integers(0, 3)), max_size=60)
 

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.config import PairsData
 from common.data.split import global_time, leave_one_out, split
 from common.errors import DataError
+from common.sources import PairsData
 
 
 def flat(histories):

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from common.config import SyntheticData
 from common.data import synthetic
 from common.data.prepare import prepare
 from common.data.sequences import Sequences
 from common.data.synthetic import Law, generate
+from common.sources import SyntheticData
 
 
 def config(**options):

@@ -1,0 +1,62 @@
+"""A device's own file holds one user and nobody else, and trains and ranks as that user does among all."""
+
+import numpy as np
+import pytest
+
+from client.device import Device
+from common.data.extract import extract
+from common.data.prepare import prepare
+from common.errors import DataError
+from server.rounds import serve
+from simulations.grid import InProcessGrid
+from tests.support import world
+
+ONE = world.experiment(
+    data={"kind": "synthetic", "users": 12, "items": 20, "interests": 4, "mean_length": 6},
+    federation={"rounds": 2, "cohort": 5, "local": {"steps": 2, "lr": 0.5}},
+    runtime={"engine": "sequential"},
+)
+
+
+def test_it_holds_one_user_only(tmp_path):
+    whole = Device.open(ONE, prepare(ONE.data))
+    own = Device.open(ONE, extract(prepare(ONE.data), 7, tmp_path / "seven"))
+    seven = np.array([7])
+    assert len(own.sequences) == 1
+    assert 7 in own.sequences
+    assert 0 not in own.sequences
+    assert own.catalogue.items == whole.catalogue.items
+    for split in ("train", "validation", "test"):
+        (here, target), (there, expected) = (d.sequences.stops(seven, split) for d in (own, whole))
+        assert target == expected
+        got, wanted = own.sequences.windows(seven, here, 9), whole.sequences.windows(seven, there, 9)
+        assert all((a == b).all() for a, b in zip(got, wanted, strict=True))
+    start, end = whole.sequences.offsets[7:9]
+    assert (own.sequences.items == whole.sequences.items[start:end]).all()
+
+
+def test_devices_with_their_own_files_train_the_same_model(tmp_path, monkeypatch):
+    device = Device.open(ONE, prepare(ONE.data))
+    together = serve(InProcessGrid(device, "sequential"), ONE, None, lambda record: None)
+    folders = [extract(prepare(ONE.data), user, tmp_path / str(user)) for user in range(12)]
+    grid = InProcessGrid(device, "sequential")
+    plain = grid._context
+
+    def own(node):
+        context = plain(node)
+        context.node_config["data-path"] = str(folders[context.node_config["partition-id"]])
+        return context
+
+    monkeypatch.setattr(grid, "_context", own)
+    apart = serve(grid, ONE, None, lambda record: None)
+    assert all((a == b).all() for a, b in zip(together.weights, apart.weights, strict=True))
+    assert np.array_equal(together.test[0], apart.test[0], equal_nan=True)
+
+
+def test_a_stranger_is_refused(tmp_path):
+    prepared = prepare(ONE.data)
+    with pytest.raises(DataError, match="has no user 12; users are 0 to 11"):
+        extract(prepared, 12, tmp_path / "x")
+    with pytest.raises(DataError, match="exists already"):
+        extract(prepared, 1, tmp_path)
+    assert not (tmp_path / "x").exists()
