@@ -128,6 +128,13 @@ def test_with_ray_and_in_a_process_of_its_own(tmp_path):
         assert measured[name] < 1e-6
 
 
+def test_threads_are_those_of_the_experiment(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    certify.certify(parse(TEXT, overrides=["runtime.threads=3"]))
+    assert asked == [3]
+
+
 def test_parity_mode_changes_the_federation_only():
     optimizer = "{kind: fedadam, lr: 0.01, beta1: 0.5, beta2: 0.6, eps: 0.1}"
     local = "{epochs: 3, lr: 0.1, prox: 0.5, window: random}"
