@@ -98,7 +98,7 @@ class Updates:
         Returns
         -------
         rows : (R,) int64, optional
-            Catalogue indices of the sum's table rows, some perhaps more than once; none for the whole table.
+            Catalogue indices of the sum's table rows; none for the whole table.
         weights : Weights
             ``(R, D)`` and ``(P,)``.
         """
@@ -106,13 +106,19 @@ class Updates:
             return self._shared.rows, self._sum
         (tables, bodies), _ = self._stacked
         chosen = np.flatnonzero(importance)  # the others' numbers may not even be finite
-        scale, where = torch.from_numpy(importance[chosen]), torch.from_numpy(chosen)
-        body, rows = scale @ bodies[where], self._own.rows
-        table = tables[where] * scale.view(-1, 1, 1)  # (C, R, D)
-        if rows is None:
-            return None, Weights(table.sum(0), body)
-        used = np.arange(rows.shape[1]) < self.counts[chosen, None]  # (C, R)
-        return rows[chosen][used], Weights(table[torch.from_numpy(used)], body)
+        if len(chosen) < len(importance):
+            tables, bodies = tables[torch.from_numpy(chosen)], bodies[torch.from_numpy(chosen)]
+        scale, union = torch.from_numpy(importance[chosen]), self._shared.rows
+        body = scale @ bodies
+        if union is None or self._own.rows is None:
+            return None, Weights(torch.einsum("c,crd->rd", scale, tables), body)
+        n = self._own.negatives
+        table = torch.zeros(len(union), tables.shape[2])
+        table[:n] = torch.einsum("c,crd->rd", scale, tables[:, :n])
+        used = np.arange(n, tables.shape[1]) < self.counts[chosen, None]  # (C, R − N), rows of the user's own
+        place = n + np.searchsorted(union[n:], self._own.rows[chosen][:, n:][used])
+        table.index_add_(0, torch.from_numpy(place), (tables[:, n:] * scale.view(-1, 1, 1))[torch.from_numpy(used)])
+        return union, Weights(table, body)
 
     def _shared_step(self) -> Weights | None:
         """Weighted sum of all updates, of the shared problem's rows.

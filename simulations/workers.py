@@ -6,7 +6,7 @@ update is computed again where somebody asks for it.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -168,10 +168,10 @@ class RemoteUpdates:
         return self._team.ask(self._weights, "single", self.users, self._round, i)
 
 
-def _result(answer: Answer) -> Any:
-    """What a worker answers; a worker that is gone is no client's fault and must not pass for one."""
+def _result(ask: Callable[[], Any]) -> Any:
+    """What workers say; one that is gone is no client's fault and must not pass for one."""
     try:
-        return answer.result()
+        return ask()
     except BrokenProcessPool as fault:
         raise StateError(
             "a worker process died, perhaps for lack of memory; lower runtime.workers or federation.cohort and --resume"
@@ -191,9 +191,9 @@ class Team:
         """As `client.training.train`, chunks side by side."""
         self._load(weights)
         chunks = plan(experiment, sequences, users, len(weights.table))
-        tasks = [self._pool.submit("solve", chunk, round_, None) for chunk in chunks]
+        tasks = [self._submit("solve", chunk, round_, None) for chunk in chunks]
         for task in tasks:
-            yield RemoteUpdates(self, weights, round_, _result(task))
+            yield RemoteUpdates(self, weights, round_, _result(task.result))
 
     def rank(
         self, experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: Split
@@ -201,14 +201,18 @@ class Team:
         """As `client.evaluation.rank`, slices of users side by side."""
         self._load(weights)
         parts = [users[start : start + RANK_USERS] for start in range(0, len(users), RANK_USERS)]
-        tasks = [self._pool.submit("rank", part, split) for part in parts]
-        results = [_result(task) for task in tasks]
+        tasks = [self._submit("rank", part, split) for part in parts]
+        results = [_result(task.result) for task in tasks]
         return Ranking(*(np.concatenate(part) for part in zip(*results, strict=True)))
 
     def ask(self, weights: Weights, task: str, *arguments: Any) -> Any:
         """One task for the given weights, and wait for it."""
         self._load(weights)
-        return _result(self._pool.submit(task, *arguments))
+        return _result(self._submit(task, *arguments).result)
+
+    def _submit(self, task: str, *arguments: Any) -> Answer:
+        answer: Answer = _result(lambda: self._pool.submit(task, *arguments))
+        return answer
 
     def _load(self, weights: Weights) -> None:
         if self._loaded is not weights:
