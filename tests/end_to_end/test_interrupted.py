@@ -65,11 +65,11 @@ def run(folder: Path, before: str = "") -> Finished:
     return hushrec(folder, "run", "tiny.yaml", "--out", "run", "--json", before=before)
 
 
-# Three moments of the whole run, each drawn from a third of it.
-@pytest.mark.parametrize("part", range(3))
+# Five moments of the whole run, each drawn from a fifth of it.
+@pytest.mark.parametrize("part", range(5))
 def test_killed_at_a_random_moment(fresh, undisturbed, part):
     calls = int((undisturbed / "calls").read_text())
-    moment = int(random.Random(part).uniform(0.3 * part, 0.3 * (part + 1)) * calls) + 1
+    moment = int(random.Random(part).uniform(0.19 * part, 0.19 * (part + 1)) * calls) + 1
     assert run(fresh, DIES_AT_CALL.format(moment=moment)).code == KILLED
     resumed(fresh)
     assert_same_run(fresh / "run", undisturbed / "run")
