@@ -11,7 +11,7 @@ from common.data.sequences import Sequences
 from common.seeding import uniform_integers
 
 Ints = NDArray[np.int64]
-CHUNK_USERS, CHUNK_BYTES = 64, 256 * 2**20
+CHUNK_USERS, CHUNK_EVENTS, CHUNK_BYTES = 128, 1600, 256 * 2**20
 """Bounds on a chunk: enough to fill a core, little enough for its caches and for several workers to share a cohort."""
 
 
@@ -27,12 +27,11 @@ class Windows(NamedTuple):
 
 
 def bucket_widths(longest: int) -> Ints:
-    """Widths that windows are padded to: 8, 12, 16, 24, 32, 48 … and `longest`.
+    """Widths that windows are padded to: powers of two from 8, and `longest`.
 
     A user's width depends on its own length only, never on its company, so a cohort of one computes the same bits.
     """
-    powers = 2 ** np.arange(3, 16)
-    widths = np.sort(np.concatenate([powers, powers // 2 * 3]))
+    widths = 2 ** np.arange(3, 16)
     return np.append(widths[widths < 0.8 * longest], longest).astype(np.int64)
 
 
@@ -87,11 +86,11 @@ def chunks(
     widths = bucket_widths(longest)
     bucket = np.searchsorted(widths, np.clip(histories - 1, 1, longest))
     parts = []
-    for index in np.unique(bucket):
+    for index in np.unique(bucket)[::-1]:  # the longest first, so that workers end together
         here = np.flatnonzero(bucket == index)
         fitting = CHUNK_BYTES // bytes_per_user(int(widths[index]), int(steps[here].max()))
-        size = int(np.clip(fitting, 1, CHUNK_USERS))
-        parts += [users[here[start : start + size]] for start in range(0, len(here), size)]
+        size = int(np.clip(min(fitting, CHUNK_EVENTS // widths[index]), 1, CHUNK_USERS))
+        parts += np.array_split(users[here], -(-len(here) // size))
     return parts
 
 

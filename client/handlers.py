@@ -9,6 +9,7 @@ from client.device import Device
 from client.training import Updates
 from common.data.sequences import Split
 from common.models.weights import Weights
+from common.timing import each
 from common.wire import METRICS, MODEL, REFUSED, ROUND, UPDATE, pending_update, record, unpack
 
 Handler = Callable[[Sequence[Message], Sequence[int], Device], list[Message]]
@@ -39,7 +40,8 @@ def handle_train(messages: Sequence[Message], users: Sequence[int], device: Devi
         round_ = int(str(record(first, ROUND, ConfigRecord)["round"]))
         place = {users[i]: i for i in asked}
         cohort = np.array(list(place), dtype=np.int64)
-        for updates in device.trainer(device.experiment, weights, device.sequences, cohort, round_):
+        trained = device.trainer(device.experiment, weights, device.sequences, cohort, round_)
+        for updates in each("training", trained):
             for i, user in enumerate(updates.users.tolist()):
                 replies[place[user]] = _update_reply(messages[place[user]], updates, i, weights)
     return _complete(messages, replies)

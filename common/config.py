@@ -173,7 +173,9 @@ class EvaluationConfig(Section):
     patience: Positive | None = None
     """Stop after so many validations in a row without a better NDCG@10; `null` runs all rounds."""
     users: Positive | None = None
-    """Validate on so many users, drawn anew each time; `null` means all. Test always ranks all."""
+    """Validate on so many users, drawn anew each time; `null` means all."""
+    test_users: Positive | None = None
+    """Test on so many users, drawn once; `null` means all, as papers do. For very large populations."""
     cutoffs: tuple[Positive, ...] = Field(default=(5, 10, 20), min_length=1)
     """K of HR@K and NDCG@K."""
     sampled: Positive | None = None

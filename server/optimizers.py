@@ -17,7 +17,7 @@ from common.models.weights import Weights
 OPTIMIZERS: dict[str, Callable[[list[Tensor], OptimizerConfig], Optimizer]] = {
     "fedavg": lambda p, c: SGD(p, lr=c.lr),
     "fedavgm": lambda p, c: SGD(p, lr=c.lr, momentum=c.momentum),  # type: ignore[union-attr]
-    "fedadam": lambda p, c: Adam(p, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps),  # type: ignore[union-attr]
+    "fedadam": lambda p, c: Adam(p, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True),  # type: ignore[union-attr]
     "fedadagrad": lambda p, c: Adagrad(p, lr=c.lr, eps=c.eps),  # type: ignore[union-attr]
 }
 """Optimiser by ``federation.optimizer.kind``."""

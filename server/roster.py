@@ -1,7 +1,7 @@
 """Which node hosts which user; the server knows users by opaque numbers only."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +98,8 @@ def _settled(grid: Grid, wait: float) -> Sequence[int]:
     return known
 
 
-def messages(roster: Roster, users: NDArray[np.int64], content: RecordDict, kind: str, round_: int) -> list[Message]:
-    """One message per user; all share one content, which nobody may write into."""
-    return [Message(content, roster.node_of(user), kind, group_id=str(round_)) for user in users.tolist()]
+def messages(
+    roster: Roster, users: NDArray[np.int64], content: RecordDict, kind: str, round_: int
+) -> Iterator[Message]:
+    """One message per user, made as they are taken; all share one content, which nobody may write into."""
+    return (Message(content, roster.node_of(user), kind, group_id=str(round_)) for user in users.tolist())

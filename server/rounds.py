@@ -6,6 +6,7 @@ Flower's own `Strategy.start` always begins at round 1 and can do none of these;
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from common import timing
 from common.config import Experiment, experiment_hash
 from common.errors import Interrupted, StateError
 from common.models.weights import Weights, initialise
+from common.timing import phase
 from server import checkpoint
 from server.checkpoint import State
 from server.journal import Observer, journal
@@ -28,6 +31,8 @@ SELECT = "ndcg@10"
 CHECKPOINT_FILE, MODEL_FILE = "checkpoint.safetensors", "model.safetensors"
 TIMEOUT = 3600.0
 """Seconds that a round waits for replies."""
+RANKING_SLICE = 8192
+"""Users that are asked for a rank at once, so that memory does not grow with the population."""
 
 Ranks = NDArray[np.float64]
 
@@ -131,11 +136,14 @@ def _worn_out(experiment: Experiment, state: State) -> bool:
 
 def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str, Any]:
     """One whole round of training; its line for `metrics.jsonl`."""
-    began = time.perf_counter()
-    messages = strategy.configure_train(round_, strategy.arrays(), ConfigRecord(), grid)
-    _, metrics = strategy.aggregate_train(round_, grid.send_and_receive(messages, timeout=TIMEOUT))
+    began, _ = time.perf_counter(), timing.drain()
+    with phase("asking"):
+        messages = list(strategy.configure_train(round_, strategy.arrays(), ConfigRecord(), grid))
+    with phase("answering"):
+        replies = grid.send_and_receive(messages, timeout=TIMEOUT)
+    _, metrics = strategy.aggregate_train(round_, replies)
     facts = {"round": round_, "kind": "train", **(metrics or {}), "seconds": time.perf_counter() - began}
-    return facts | _reasons(strategy)
+    return facts | {"phases": timing.drain()} | _reasons(strategy)
 
 
 def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str, Any]:
@@ -156,5 +164,6 @@ def _reasons(strategy: FederatedRanking) -> dict[str, Any]:
 
 
 def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[Ranks, Ranks]:
-    messages = strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), grid)
-    return strategy.ranks(grid.send_and_receive(messages, timeout=TIMEOUT))
+    messages = iter(strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), grid))
+    slices = iter(lambda: list(islice(messages, RANKING_SLICE)), [])
+    return strategy.ranks(reply for part in slices for reply in grid.send_and_receive(part, timeout=TIMEOUT))

@@ -31,11 +31,11 @@ def cohort(config: FederationConfig, population: int, seed: int, round_: int) ->
     return without_replacement(rng, population, size)
 
 
-def validation_users(users: int | None, population: int, seed: int, round_: int) -> NDArray[np.int64]:
-    """Users of a validation: all, or so many drawn anew each time; sorted int64."""
+def some_users(users: int | None, population: int, seed: int, purpose: str, round_: int) -> NDArray[np.int64]:
+    """All users, or so many drawn for one purpose and round; sorted int64."""
     if users is None or users >= population:
         return np.arange(population)
-    return without_replacement(generator(seed, "validation-users", round_), population, users)
+    return without_replacement(generator(seed, purpose, round_), population, users)
 
 
 def without_replacement(rng: np.random.Generator, population: int, size: int) -> NDArray[np.int64]:

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from common.config import Experiment, experiment_hash
 from common.metrics import point
 from common.models.weights import Weights
+from common.timing import phase
 from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, record, whole_number
 from server.aggregation import admit, one_line, weigh, weighted_sum
 from server.optimizers import ServerOptimizer, mean_of
 from server.roster import Roster, messages
-from server.sampling import cohort, validation_users
+from server.sampling import cohort, some_users
 
 
 class FederatedRanking(Strategy):
@@ -60,12 +61,16 @@ class FederatedRanking(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step along the mean of the updates that pass the check; with none, the model stays as it is."""
-        good, rejected = admit(replies, self.weights, self.roster)
+        with phase("checking"):
+            good, rejected = admit(replies, self.weights, self.roster)
         self.rejections = dict(rejected)
         importance = weigh(good, self.experiment.federation)
         metrics: dict[str, MetricRecordValues] = {"clients": len(good), "rejected": sum(rejected.values())}
         if importance.sum() > 0:
-            self.optimizer.step(mean_of(weighted_sum(good, importance, self.weights), float(importance.sum())))
+            with phase("summing"):
+                total = weighted_sum(good, importance, self.weights)
+            with phase("stepping"):
+                self.optimizer.step(mean_of(total, float(importance.sum())))
             metrics["loss"] = float(np.average([reply.loss for reply in good], weights=importance))
             metrics["bytes_up_per_client"] = float(np.mean([reply.bytes for reply in good]))
         return self.arrays(), MetricRecord(metrics)
@@ -73,9 +78,12 @@ class FederatedRanking(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message for each user that ranks; all of them on the test split."""
-        limit = None if config["split"] == "test" else self.experiment.evaluation.users
-        users = validation_users(limit, self.roster.population, self.experiment.seed, server_round)
+        """One message for each user that ranks, made as they are taken."""
+        evaluation, population, seed = self.experiment.evaluation, self.roster.population, self.experiment.seed
+        if config["split"] == "test":
+            users = some_users(evaluation.test_users, population, seed, "test-users", 0)
+        else:
+            users = some_users(evaluation.users, population, seed, "validation-users", server_round)
         return messages(self.roster, users, self._content(server_round, arrays, config), "evaluate", server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

@@ -3,7 +3,7 @@
 All on the protocol of the test split. They read the users' events, so they exist in simulations only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,9 +21,14 @@ Ranks = NDArray[np.float64]
 Scorer = Callable[[Ints, Ints], Tensor]
 """Scores of all items ``(B, I)`` for users ``(B,)`` whose histories end at stops ``(B,)``."""
 
+SCORES = 2**24
+"""Scores held at once."""
 
-def baseline_ranks(experiment: Experiment, sequences: Sequences, items: int) -> dict[str, Ranks]:
-    """Test rank of every user, NaN where nothing is held out, for each baseline.
+
+def baseline_ranks(
+    experiment: Experiment, sequences: Sequences, items: int, users: Ints | None = None
+) -> dict[str, Ranks]:
+    """Test rank of some users, NaN for the others and where nothing is held out, for each baseline.
 
     Parameters
     ----------
@@ -33,19 +38,22 @@ def baseline_ranks(experiment: Experiment, sequences: Sequences, items: int) -> 
         All users' histories.
     items : int
         Size of the catalogue.
+    users : ndarray, optional
+        Whom to rank, ``(C,)`` int64; by default all.
 
     Returns
     -------
     dict of str to ndarray
         ``popularity``, ``random`` and, for synthetic data, ``ceiling``; ``(U,)`` float64 each.
     """
+    users = np.arange(len(sequences)) if users is None else users
     scorers: dict[str, Scorer] = {
         "popularity": by_popularity(sequences, items),
         "random": at_random(experiment.seed, items),
     }
     if isinstance(experiment.data, SyntheticData) and not _filtered(experiment.data):
         scorers["ceiling"] = by_law(Law.of(experiment.data), sequences)
-    return {name: _ranks(scorer, sequences, items) for name, scorer in scorers.items()}
+    return {name: _ranks(scorer, sequences, items, users) for name, scorer in scorers.items()}
 
 
 def by_popularity(sequences: Sequences, items: int) -> Scorer:
@@ -75,20 +83,16 @@ def by_law(law: Law, sequences: Sequences) -> Scorer:
     return scorer
 
 
-def _ranks(scorer: Scorer, sequences: Sequences, items: int) -> Ranks:
+def _ranks(scorer: Scorer, sequences: Sequences, items: int, users: Ints) -> Ranks:
     ranks = np.full(len(sequences), np.nan)
-    for users, stops, targets in _batches(sequences, items):
-        ranks[users] = held_out_ranks(scorer(users, stops), sequences, users, stops, targets)
-    return ranks
-
-
-def _batches(sequences: Sequences, items: int) -> Iterator[tuple[Ints, Ints, Ints]]:
-    size = max(1, 2**24 // items)
-    for start in range(0, len(sequences), size):
-        users = np.arange(start, min(start + size, len(sequences)))
-        stops, targets = sequences.stops(users, "test")
+    size = max(1, SCORES // items)
+    for start in range(0, len(users), size):
+        here = users[start : start + size]
+        stops, targets = sequences.stops(here, "test")
         held = targets >= 0
-        yield users[held], stops[held], targets[held]
+        who, ends = here[held], stops[held]
+        ranks[who] = held_out_ranks(scorer(who, ends), sequences, who, ends, targets[held])
+    return ranks
 
 
 def _filtered(data: SyntheticData) -> bool:

@@ -10,10 +10,9 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,9 +34,12 @@ from simulations.centralised import SASRec
 from simulations.engines import play
 
 ENGINES = ("vectorized", "sequential", "naive", "ray", "centralised")
-ROUNDS, RAY_USERS = 4, 400
-"""Timed rounds of a sample, after one to warm up; nodes that Ray gets for a cohort of at most so many, since its cost
-grows with all of them."""
+ROUNDS, FEW_ROUNDS, PATIENCE = 24, 4, 5.0
+"""Timed rounds of a sample, after one to warm up; so few where they take more than so many seconds together."""
+RAY_USERS = 400
+"""Nodes that Ray gets for a cohort of at most so many, since its cost grows with all of them."""
+
+T = TypeVar("T")
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "ml-1m": {"users": 6040, "items": 3416, "interests": 40, "mean_length": 165.0, "max_length": 1000},
@@ -144,30 +146,32 @@ def _sample(told: str, engine: str, workers: int) -> Sample:
     runtime = experiment.runtime.model_copy(update=place)
     device = Device.open(experiment.model_copy(update={"runtime": runtime}), prepare(experiment.data))
     if engine in {"naive", "centralised"}:
-        return Sample(statistics.median([*_plain(device, engine)][1:]), None, _peak_mb(), None)
+        return Sample(statistics.median(_plain(device, engine)), None, _peak_mb(), None)
     return _federated(device)
 
 
 def _federated(device: Device) -> Sample:
-    trained: list[float] = []
-
-    def timed(*arguments: Any) -> Iterable[Any]:
-        began = time.perf_counter()
-        updates = list(device.trainer(*arguments))
-        trained.append(time.perf_counter() - began)
-        return updates
-
     def rounds(grid: Grid) -> list[dict[str, Any]]:
         roster = Roster.discover(grid, experiment_hash(device.experiment))
         start = initialise(device.experiment.model, roster.items, device.experiment.seed)
         strategy = FederatedRanking(device.experiment, roster, start)
-        return [train_round(grid, strategy, number) for number in range(1, 2 + ROUNDS)]
+        return list(_timed(lambda number: train_round(grid, strategy, number)))
 
-    plain = device.experiment.runtime.engine == "vectorized" and not device.experiment.runtime.workers
-    lines = play(replace(device, trainer=timed) if plain else device, rounds)[1:]
+    lines = play(device, rounds)
     seconds = statistics.median(line["seconds"] for line in lines)
-    overhead = 1 - statistics.median(trained[1:]) / seconds if plain else None
+    training = statistics.median(line["phases"].get("training", 0.0) for line in lines)
+    overhead = 1 - training / seconds if training else None  # under Ray it is timed elsewhere
     return Sample(seconds, overhead, _peak_mb(), statistics.mean(line["bytes_up_per_client"] for line in lines))
+
+
+def _timed(play_round: Callable[[int], T]) -> Iterator[T]:
+    """What rounds say, without the first, which warms up: `ROUNDS` of them, fewer where they are slow."""
+    play_round(1)
+    began = time.perf_counter()
+    for number in range(2, 2 + ROUNDS):
+        yield play_round(number)
+        if number > FEW_ROUNDS and time.perf_counter() - began > PATIENCE:
+            return
 
 
 def _plain(device: Device, engine: str) -> Iterator[float]:
@@ -175,14 +179,17 @@ def _plain(device: Device, engine: str) -> Iterator[float]:
     experiment, sequences = device.experiment, device.sequences
     model, steps = _model(device), experiment.federation.local.steps or 1
     optimizer = centralised.adam(experiment, model)
-    for number in range(1, 2 + ROUNDS):
+
+    def play_round(number: int) -> float:
         users = cohort(experiment.federation, len(sequences), experiment.seed, number)
         began = time.perf_counter()
         if engine == "naive":
             naive_round(device, model, optimizer, users, number)
         else:
             centralised.train(experiment, model, sequences, [(number, users)] * steps)
-        yield time.perf_counter() - began
+        return time.perf_counter() - began
+
+    return _timed(play_round)
 
 
 def naive_round(device: Device, model: SASRec, optimizer: Optimizer, users: Ints, number: int) -> None:

@@ -57,6 +57,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(help="Go on with a run directory that was stopped or killed.")] = None,
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also say where a round's time went.")] = False,
 ) -> None:
     """Train, validate and test an experiment, or resume one.
 
@@ -76,9 +77,11 @@ def run(
     if as_json:
         _print_json(result)
     else:
-        from simulations.report import render
+        from simulations.report import render, render_phases
 
         render(_Screen(), result)
+        if profile:
+            render_phases(_Screen(), result["phases"])
 
 
 @app.command()

@@ -23,6 +23,16 @@ _BEYOND_ACCURACY = {
     "worst_tenth_ndcg@10": "NDCG@10 of the tenth with the shortest histories",
 }
 
+_PHASES = {
+    "asking": "sampling users and writing their messages",
+    "training": "local training of the cohort, or waiting for workers that do it",
+    "answering": "carrying messages, and the clients' replies; under Ray and over a network training, too",
+    "checking": "holding each reply against shapes, types, norms and sender",
+    "summing": "one weighted sum of all updates",
+    "stepping": "the server's optimiser",
+    "rest": "copying weights, writing metrics",
+}
+
 
 def render(console: Console, result: dict[str, Any]) -> None:
     """Print a run's result, as it stands in `result.json`, for people."""
@@ -79,6 +89,18 @@ def _facts(result: dict[str, Any]) -> Table:
     for name, fact in rows.items():
         grid.add_row(name, Text(fact))
     return grid
+
+
+def render_phases(console: Console, phases: dict[str, float]) -> None:
+    """Print where the time of a round went, `phases` of a run's result."""
+    table, total = _table(), sum(phases.values())
+    for name in ("phase", "a round", "share", ""):
+        table.add_column(name, justify="right" if name in {"a round", "share"} else "left")
+    for name, seconds in phases.items():
+        table.add_row(name, f"{seconds * 1e3:,.2f} ms", f"{seconds / (total or 1):.1%}", _PHASES.get(name, ""))
+    table.add_section()
+    table.add_row("whole round", f"{total * 1e3:,.2f} ms", "", "mean of all training rounds; ranking is not in it")
+    _print(console, "Where a round's time went", table)
 
 
 def render_evaluation(console: Console, figures: dict[str, Any]) -> None:

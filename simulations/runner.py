@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -88,7 +89,8 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
 
     full, sampled = outcome.test
     test = figures(full) | (figures(sampled, f"|s{evaluation.sampled}") if evaluation.sampled else {})
-    ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items)
+    tested = np.flatnonzero(np.isfinite(full))
+    ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items, tested)
     trained = [line for line in read(folder) if line["kind"] == "train"]
     return {
         "run_dir": str(folder),
@@ -105,7 +107,17 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         "peak_rss_mb": peak_memory_mb(),
         "bytes_up_per_client": _ratio(sum(r.get("bytes_up_per_client", 0) for r in trained), len(trained)),
         "bytes_down_per_client": outcome.bytes_down,
+        "phases": _phases(trained),
     }
+
+
+def _phases(trained: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds of a round by phase, the slowest first; `rest` is what no phase claims."""
+    totals: Counter[str] = Counter()
+    for line in trained:
+        totals.update(line["phases"])
+        totals["rest"] += line["seconds"] - sum(line["phases"].values())
+    return {name: seconds / len(trained) for name, seconds in totals.most_common()}
 
 
 def peak_memory_mb() -> float:

@@ -46,8 +46,8 @@ def numbered(lengths):
 
 
 def test_widths_by_hand():
-    assert bucket_widths(50).tolist() == [8, 12, 16, 24, 32, 50]
-    assert bucket_widths(200).tolist() == [8, 12, 16, 24, 32, 48, 64, 96, 128, 200]
+    assert bucket_widths(50).tolist() == [8, 16, 32, 50]
+    assert bucket_widths(200).tolist() == [8, 16, 32, 64, 128, 200]
     assert [bucket_widths(longest).tolist() for longest in (1, 8, 11)] == [[1], [8], [8, 11]]
 
 
@@ -56,7 +56,7 @@ def test_widths_waste_little(longest):
     widths = bucket_widths(longest)
     assert widths[-1] == longest
     assert (np.diff(widths) > 0).all()
-    assert (widths[1:] < 1.9 * widths[:-1]).all()
+    assert (widths[1:] < 2.6 * widths[:-1]).all()
 
 
 def test_steps_by_hand():
@@ -178,12 +178,15 @@ def chunked(lengths, users=None, cost=lambda width, steps: 1, longest=11, **loca
 
 def test_chunks_by_hand(monkeypatch):
     # Inputs 1, 8, 11 and 11, 0, 8: of the widths 8 and 11; users of a width stay in the order of the cohort.
+    # The widest come first, and a width's chunks are of nearly one size.
     lengths = [2, 9, 12, 30, 1, 9]
-    assert chunked(lengths) == [[0, 1, 4, 5], [2, 3]]
-    assert chunked(lengths, [5, 3, 1, 0]) == [[5, 1, 0], [3]]
+    assert chunked(lengths) == [[2, 3], [0, 1, 4, 5]]
+    assert chunked(lengths, [5, 3, 1, 0]) == [[3], [5, 1, 0]]
     assert chunked(lengths, []) == []
     monkeypatch.setattr(batches, "CHUNK_USERS", 3)
-    assert chunked(lengths) == [[0, 1, 4], [5], [2, 3]]
+    assert chunked(lengths) == [[2, 3], [0, 1], [4, 5]]
+    monkeypatch.setattr(batches, "CHUNK_EVENTS", 11)
+    assert chunked(lengths) == [[2], [3], [0], [1], [4], [5]]
 
 
 def test_a_chunk_fits_its_bytes(monkeypatch):
@@ -195,20 +198,20 @@ def test_a_chunk_fits_its_bytes(monkeypatch):
         return 5 * width * steps
 
     lengths = [2, 9, 12, 30, 1, 9]
-    assert chunked(lengths, cost=cost) == [[0, 1], [4, 5], [2], [3]]  # 100 // 40 and 100 // 55
-    assert chunked(lengths, cost=cost, epochs=1) == [[0, 1], [4, 5], [2], [3]]
-    assert asked == [(8, 1), (11, 1), (8, 1), (11, 3)]  # the longest of the chunk's users sets its steps
-    assert chunked(lengths, cost=lambda width, steps: 10**9) == [[user] for user in (0, 1, 4, 5, 2, 3)]
+    assert chunked(lengths, cost=cost) == [[2], [3], [0, 1], [4, 5]]  # 100 // 55 and 100 // 40
+    assert chunked(lengths, cost=cost, epochs=1) == [[2], [3], [0, 1], [4, 5]]
+    assert asked == [(11, 1), (8, 1), (11, 3), (8, 1)]  # the longest of the chunk's users sets its steps
+    assert chunked(lengths, cost=lambda width, steps: 10**9) == [[user] for user in (2, 3, 0, 1, 4, 5)]
 
 
-def test_nothing_but_two_constants_bounds_a_chunk():
+def test_nothing_but_three_constants_bounds_a_chunk():
     """No setting and no machine: sums run chunk by chunk, so another chunking would be another result."""
-    assert (batches.CHUNK_USERS, batches.CHUNK_BYTES) == (64, 256 * 2**20)
+    assert (batches.CHUNK_USERS, batches.CHUNK_EVENTS, batches.CHUNK_BYTES) == (128, 1600, 256 * 2**20)
     lengths, plans = [5] * 200, []
     for runtime in ({}, {"memory_mb": 64, "threads": 7, "engine": "sequential"}):
         experiment, data = world.experiment(runtime=runtime), world.sequences(numbered(lengths), held_out=False)
         plans.append([len(chunk) for chunk in chunks(experiment, data, np.arange(200), lambda *_: 2**22)])
-    assert plans == [[64, 64, 64, 8]] * 2
+    assert plans == [[50, 50, 50, 50]] * 2
 
 
 @settings(max_examples=50)

@@ -152,7 +152,7 @@ def test_nobody_speaks_for_another(nodes):
 
 def test_messages_share_their_content():
     content = RecordDict({ROUND: ConfigRecord({"round": 4})})
-    sent = messages(Roster([7, 5, 6], 9), np.array([2, 0]), content, "train", 4)
+    sent = list(messages(Roster([7, 5, 6], 9), np.array([2, 0]), content, "train", 4))
     assert [message.metadata.dst_node_id for message in sent] == [6, 7]
     assert {(message.metadata.message_type, message.metadata.group_id) for message in sent} == {("train", "4")}
     assert all(message.content is content for message in sent)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.config import FederationConfig
-from server.sampling import cohort, validation_users, without_replacement
+from server.sampling import cohort, some_users, without_replacement
 
 FIXED, POISSON = (FederationConfig(cohort=20, sampling=kind) for kind in ("fixed", "poisson"))
 
@@ -56,12 +56,12 @@ def test_poisson_rounds_may_be_empty():
 
 
 def test_validation_users():
-    assert validation_users(None, 5, 0, 1).tolist() == list(range(5))
-    assert validation_users(9, 5, 0, 1).tolist() == list(range(5))
-    some = validation_users(10, 100, 0, 1)
+    assert some_users(None, 5, 0, "validation-users", 1).tolist() == list(range(5))
+    assert some_users(9, 5, 0, "validation-users", 1).tolist() == list(range(5))
+    some = some_users(10, 100, 0, "validation-users", 1)
     assert len(set(some.tolist())) == 10
-    assert some.tolist() == sorted(some.tolist()) == validation_users(10, 100, 0, 1).tolist()
-    assert some.tolist() != validation_users(10, 100, 0, 2).tolist()
+    assert some.tolist() == sorted(some.tolist()) == some_users(10, 100, 0, "validation-users", 1).tolist()
+    assert some.tolist() != some_users(10, 100, 0, "validation-users", 2).tolist()
     assert some.tolist() != cohort(FederationConfig(cohort=10), 100, 0, 1).tolist()
 
 

@@ -8,7 +8,7 @@ from common.config import experiment_hash
 from common.metrics import point
 from common.wire import METRICS, MODEL, ROUND, unpack
 from server.roster import Roster
-from server.sampling import cohort, validation_users
+from server.sampling import cohort, some_users
 from server.strategy import FederatedRanking
 from tests.support import world
 
@@ -54,16 +54,21 @@ def test_weights_travel_as_they_are_now():
 
 
 @pytest.mark.parametrize("users", [None, 4, 12, 50])
-def test_validation_may_ask_a_part_and_test_asks_all(users):
-    strategy = made(evaluation={"users": users})
+def test_validation_and_test_may_ask_a_part(users):
+    strategy = made(evaluation={"users": users, "test_users": users and users + 1})
 
     def asked(round_, split):
-        sent = strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), None)
+        config = ConfigRecord({"split": split})
+        sent = list(strategy.configure_evaluate(round_, strategy.arrays(), config, None))
         assert all(message.content.config_records[ROUND]["split"] == split for message in sent)
         return [100 - message.metadata.dst_node_id for message in sent]
 
-    assert asked(3, "test") == list(range(POPULATION))
-    assert asked(3, "validation") == validation_users(users, POPULATION, strategy.experiment.seed, 3).tolist()
+    wanted = some_users(users and users + 1, POPULATION, strategy.experiment.seed, "test-users", 0).tolist()
+    assert asked(3, "test") == asked(4, "test") == wanted
+    assert (
+        asked(3, "validation")
+        == some_users(users, POPULATION, strategy.experiment.seed, "validation-users", 3).tolist()
+    )
     assert len(asked(3, "validation")) == min(users or POPULATION, POPULATION)
 
 

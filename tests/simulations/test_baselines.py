@@ -78,20 +78,21 @@ def test_random_is_the_seeds():
 @pytest.mark.parametrize("size", [1, 7])
 def test_batches_change_no_rank(synthetic, monkeypatch, size):
     experiment, sequences, expected = synthetic
-    whole = baselines._batches
-
-    def small(sequences, items):
-        for users, stops, targets in whole(sequences, items):
-            for start in range(0, len(users), size):
-                part = slice(start, start + size)
-                yield users[part], stops[part], targets[part]
-
-    monkeypatch.setattr(baselines, "_batches", small)
+    monkeypatch.setattr(baselines, "SCORES", 60 * size)
     for name, ranks in baseline_ranks(experiment, sequences, 60).items():
         np.testing.assert_array_equal(ranks, expected[name])
 
 
 # --- the ceiling -----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_named_users_are_ranked(synthetic):
+    experiment, sequences, expected = synthetic
+    some = np.array([3, 17, 599])
+    for name, ranks in baseline_ranks(experiment, sequences, 60, some).items():
+        assert np.isnan(np.delete(ranks, some)).all()
+        if name != "random":  # which draws in the order of asking
+            np.testing.assert_array_equal(ranks[some], expected[name][some])
 
 
 def test_the_order_of_the_baselines(synthetic):
@@ -112,9 +113,11 @@ def test_the_ceiling_is_above_rankers_that_know_less(synthetic):
     }
     best = point(found["ceiling"], [10])["ndcg@10"]
     for other in lesser.values():
-        ranks = baselines._ranks(by_law(other, sequences), sequences, 60)
+        ranks = baselines._ranks(by_law(other, sequences), sequences, 60, np.arange(600))
         assert point(ranks, [10])["ndcg@10"] < best
-    np.testing.assert_array_equal(baselines._ranks(by_law(law, sequences), sequences, 60), found["ceiling"])
+    np.testing.assert_array_equal(
+        baselines._ranks(by_law(law, sequences), sequences, 60, np.arange(600)), found["ceiling"]
+    )
 
 
 def test_a_ceiling_only_where_the_law_is_known(synthetic):

@@ -18,7 +18,7 @@ def figures(run: Path) -> dict[str, Any]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl` without their seconds."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in {"seconds", "phases"}} for line in lines]
 
 
 def weights(run: Path) -> dict[str, bytes]:
