@@ -37,13 +37,15 @@ def handle_train(messages: Sequence[Message], users: Sequence[int], device: Devi
     if asked:
         first = messages[asked[0]].content
         weights = unpack(record(first, MODEL, ArrayRecord))
-        round_ = int(str(record(first, ROUND, ConfigRecord)["round"]))
+        told = record(first, ROUND, ConfigRecord)
+        round_, clip = int(str(told["round"])), told.get("clip")
+        bound = None if clip is None else float(str(clip))
         place = {users[i]: i for i in asked}
         cohort = np.array(list(place), dtype=np.int64)
-        trained = device.trainer(device.experiment, weights, device.sequences, cohort, round_)
+        trained = device.trainer(device.experiment, weights, device.sequences, cohort, round_, bound)
         for updates in each("training", trained):
             for i, user in enumerate(updates.users.tolist()):
-                replies[place[user]] = _update_reply(messages[place[user]], updates, i, weights)
+                replies[place[user]] = _update_reply(messages[place[user]], updates, i, weights, bound)
     return _complete(messages, replies)
 
 
@@ -110,10 +112,12 @@ def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) ->
     ]
 
 
-def _update_reply(message: Message, updates: Updates, i: int, weights: Weights) -> Message:
+def _update_reply(message: Message, updates: Updates, i: int, weights: Weights, bound: float | None) -> Message:
     if not updates.sound[i]:
         return _refusal(message, "training diverged: numbers not finite or too large")
     facts = {"user": int(updates.users[i]), "events": int(updates.events[i]), "loss": float(updates.losses[i])}
+    if bound is not None:
+        facts["below"] = int(updates.norms[i] <= bound)
     update = pending_update(updates, i, tuple(weights.body.shape), weights.table.shape[1])
     return Message(RecordDict({UPDATE: update, METRICS: MetricRecord({**facts})}), reply_to=message)
 

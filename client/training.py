@@ -10,22 +10,21 @@ asked for.
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from client.batches import chunks, windows
 from client.problem import Problem, pose
 from client.rows import Ints
+from client.step import Vectors, read_vectors, step_loss
 from common.config import Experiment
 from common.data.sequences import Sequences
-from common.models.encoder import dropout_sites, encode
-from common.models.losses import Candidates, build_loss
 from common.models.weights import Weights, body_shapes, named
-from common.seeding import keep_mask, uniform_bits
+from common.privacy.mechanism import clip_factors, norms
 from common.wire import LARGEST
 
 
@@ -42,10 +41,19 @@ class Updates:
         The chunk's shared and stacked problem.
     round_ : int
         With the seed and each user, the key of all draws.
+    clip : float, optional
+        Bound on the L2 norm of each user's whole update; longer ones are scaled down to it.
     """
 
-    def __init__(self, experiment: Experiment, weights: Weights, problems: tuple[Problem, Problem], round_: int):
-        self._experiment, self._weights, self._round = experiment, weights, round_
+    def __init__(
+        self,
+        experiment: Experiment,
+        weights: Weights,
+        problems: tuple[Problem, Problem],
+        round_: int,
+        clip: float | None = None,
+    ):
+        self._experiment, self._weights, self._round, self._clip = experiment, weights, round_, clip
         self._shared, self._own = problems
         trained = np.maximum(self._own.windows.lengths - 1, 0)  # (C, S)
         self.users: Ints = self._own.windows.users
@@ -61,8 +69,9 @@ class Updates:
         """Item rows that each user sends, ``(C,)``."""
         self.whole = self._own.rows is None
         """Whether these are the whole table."""
-        # Alone, a user's sum is its update, which the stacked pass gives without doing the work twice.
-        self._sum = self._shared_step() if trained.shape[1] == 1 and len(self.users) > 1 else None
+        # Alone, a user's sum is its update, which the stacked pass gives without doing the work twice; a clip needs it.
+        shared = trained.shape[1] == 1 and len(self.users) > 1 and clip is None
+        self._sum = self._shared_step() if shared else None
         if self._sum is None:
             self.losses = self._stacked[1]
             """Mean loss of each user over its local steps, each before its step, ``(C,)``."""
@@ -72,10 +81,14 @@ class Updates:
         """Whether a user's update is finite and not absurdly large, ``(C,)``; else it is worth nothing."""
         if self._sum is not None:
             return np.ones(len(self.users), dtype=bool)
-        (table, body), losses = self._stacked
-        norms = torch.hypot(torch.linalg.vector_norm(table, dim=(1, 2)), torch.linalg.vector_norm(body, dim=1))
-        sound: NDArray[np.bool_] = np.isfinite(losses) & (norms <= LARGEST).numpy()  # NaN is not at most anything
+        sound: NDArray[np.bool_] = np.isfinite(self.losses) & (self.norms <= LARGEST)  # NaN is not at most anything
         return sound
+
+    @property
+    def norms(self) -> NDArray[np.float64]:
+        """L2 norm of each whole update as trained, before any clip, ``(C,)``; computes the single updates."""
+        norms: NDArray[np.float64] = self._stacked[2].numpy()
+        return norms
 
     def __len__(self) -> int:
         """Number of users."""
@@ -89,8 +102,9 @@ class Updates:
 
     def one(self, i: int) -> Weights:
         """Change of the i-th user's rows ``(R, D)`` and of the body ``(P,)``."""
-        (table, body), _ = self._stacked
-        return Weights(table[i, : self.counts[i]], body[i])
+        table, parts, factors = self._stacked[0]
+        body = torch.cat([part[i].flatten() for part in parts])
+        return Weights(table[i, : self.counts[i]] * factors[i], body * factors[i])
 
     def summed(self, importance: NDArray[np.float32]) -> tuple[Ints | None, Weights]:
         """Σ importance · update, importance ``(C,)``; 0 leaves a user out.
@@ -104,14 +118,16 @@ class Updates:
         """
         if self._sum is not None and np.array_equal(importance, self.expected):
             return self._shared.rows, self._sum
-        (tables, bodies), _ = self._stacked
+        tables, parts, factors = self._stacked[0]
         chosen = np.flatnonzero(importance)  # the others' numbers may not even be finite
-        if len(chosen) < len(importance):
-            tables, bodies = tables[torch.from_numpy(chosen)], bodies[torch.from_numpy(chosen)]
         scale, union = torch.from_numpy(importance[chosen]), self._shared.rows
-        body = scale @ bodies
+        if len(chosen) < len(importance):
+            here = torch.from_numpy(chosen)
+            tables, parts, factors = tables[here], [part[here] for part in parts], factors[here]
+        scale = scale * factors
+        body = torch.cat([_weighted(scale, part).flatten() for part in parts])
         if union is None or self._own.rows is None:
-            return None, Weights(torch.einsum("c,crd->rd", scale, tables), body)
+            return None, Weights(_weighted(scale, tables), body)
         n = self._own.negatives
         table = torch.zeros(len(union), tables.shape[2])
         table[:n] = torch.einsum("c,crd->rd", scale, tables[:, :n])
@@ -125,12 +141,10 @@ class Updates:
 
         None where something isn't finite or is too large, since one user would spoil everybody's.
         """
-        table, body = self._weights
-        rows = table if self._shared.rows is None else table[torch.from_numpy(self._shared.rows)]
-        here = Weights(rows.detach().requires_grad_(), body.detach().requires_grad_())
-        losses = _loss(
-            self._experiment, here.table, named(self._experiment.model, here.body), self._shared, 0, self._round
-        )
+        here = Weights(self._shared_rows().requires_grad_(), self._weights.body.detach().requires_grad_())
+        vectors = read_vectors(here.table, self._shared, 0)
+        parameters = named(self._experiment.model, here.body)
+        losses = step_loss(self._experiment, vectors, parameters, self._shared, 0, self._round)
         self.losses = losses.detach().numpy()
         if not np.isfinite(self.losses).all():
             return None
@@ -139,9 +153,54 @@ class Updates:
         total = Weights(*(gradient.mul_(-lr) for gradient in gradients))
         return total if torch.hypot(*map(torch.linalg.vector_norm, total)) <= LARGEST else None
 
+    def _shared_rows(self) -> Tensor:
+        """The rows of the shared problem, ``(R, D)``."""
+        table, rows = self._weights.table.detach(), self._shared.rows
+        return table if rows is None else table[torch.from_numpy(rows)]
+
     @cached_property
-    def _stacked(self) -> tuple[Weights, NDArray[np.float32]]:
-        """Updates ``(C, R, D)`` and ``(C, P)`` by training a copy of the weights per user, and the losses."""
+    def _stacked(self) -> tuple["Stack", NDArray[np.float32], Tensor]:
+        """All single updates; the losses; the norms before any clip, float64."""
+        steps = self._own.windows.lengths.shape[1]
+        # With one step nobody's weights ever differ from the others', so no copies are made, only gradients.
+        stack, losses = self._one_step() if steps == 1 else self._several_steps()
+        with torch.no_grad():
+            measured = norms(stack.table, *stack.parts) * stack.factors.abs()
+            if self._clip is not None:
+                stack = stack._replace(factors=stack.factors * clip_factors(measured, self._clip).float())
+        return stack, losses, measured
+
+    def _one_step(self) -> tuple["Stack", NDArray[np.float32]]:
+        """Each user's own gradient at the shared weights."""
+        model, c, problem = self._experiment.model, len(self.users), self._own
+        # What a user reads is gathered from the shared table; where its gradients belong is told apart afterwards.
+        read = read_vectors(self._shared_rows(), self._shared, 0)
+        scored = None if read.scored is None else read.scored.expand(c, -1, -1)
+        leaves = [part.detach().requires_grad_() for part in (read.events, scored, read.private) if part is not None]
+        body = [part.detach().requires_grad_() for part in named(model, self._weights.body.expand(c, -1)).values()]
+        places = iter(leaves)
+        vectors = Vectors(*(None if part is None else next(places) for part in read))  # type: ignore[arg-type]
+        parameters = dict(zip(body_shapes(model), body, strict=True))
+        losses = step_loss(self._experiment, vectors, parameters, problem, 0, self._round)
+        gradients = list(torch.autograd.grad(losses.sum(), [*leaves, *body]))
+        of_read, of_body = gradients[: len(leaves)], gradients[len(leaves) :]
+        d, rows = (
+            self._weights.table.shape[1],
+            len(self._weights.table) if problem.rows is None else problem.rows.shape[1],
+        )
+        table = of_read[1] if scored is not None and rows == scored.shape[1] else torch.zeros(c, rows, d)
+        if scored is not None and table is not of_read[1]:
+            table[:, : problem.negatives] = of_read[1]
+        owner = torch.arange(c).unsqueeze(-1)
+        indices = [problem.events[:, 0]] + ([] if problem.private is None else [problem.private[:, 0]])
+        for index, gradient in zip(indices, (of_read[0], of_read[-1]), strict=False):
+            table.index_put_((owner, index), gradient, accumulate=True)
+        # The step itself, not a difference of weights, which would lose its last digits.
+        factors = torch.full((c,), -self._experiment.federation.local.lr)
+        return Stack(table, of_body, factors), losses.detach().numpy()
+
+    def _several_steps(self) -> tuple["Stack", NDArray[np.float32]]:
+        """Train a copy of the weights per user."""
         model, local, lengths = self._experiment.model, self._experiment.federation.local, self._own.windows.lengths
         c, table, rows = len(self.users), self._weights.table, self._own.rows
         origin = table.expand(c, -1, -1) if rows is None else table[torch.from_numpy(rows)]  # (C, R, D)
@@ -153,7 +212,8 @@ class Updates:
         parameters = dict(zip(body_shapes(model), leaves[1:], strict=True))
         losses = torch.zeros(lengths.shape)  # (C, S)
         for step in range(lengths.shape[1]):
-            per_user = _loss(self._experiment, leaves[0], parameters, self._own, step, self._round)  # (C,)
+            vectors = read_vectors(leaves[0], self._own, step)
+            per_user = step_loss(self._experiment, vectors, parameters, self._own, step, self._round)  # (C,)
             gradients = torch.autograd.grad(per_user.sum(), leaves)
             losses[:, step] = per_user.detach()
             with torch.no_grad():
@@ -164,16 +224,29 @@ class Updates:
                         leaf.addcmul_(pull, leaf - begin, value=-local.lr)
                     leaf.sub_(gradient, alpha=local.lr)
         with torch.no_grad():
-            if lengths.shape[1] == 1:  # the step itself: a difference of weights would lose its last digits
-                table, *rest = (gradient.mul(-local.lr) for gradient in gradients)
-                change = Weights(table, torch.cat([part.flatten(1) for part in rest], dim=1))
-            else:
-                change = Weights(*(part.detach().sub_(begin) for part, begin in zip(here, start, strict=True)))
-        return change, losses.sum(-1).numpy() / np.maximum((lengths > 1).sum(-1), 1).astype(np.float32)
+            change = Weights(*(part.detach().sub_(begin) for part, begin in zip(here, start, strict=True)))
+        mean_losses = losses.sum(-1).numpy() / np.maximum((lengths > 1).sum(-1), 1).astype(np.float32)
+        return Stack(change.table, [change.body], torch.ones(c)), mean_losses
+
+
+class Stack(NamedTuple):
+    """The single updates of C users, each yet to be multiplied with its factor, which saves a pass over all of them."""
+
+    table: Tensor
+    """``(C, R, D)``."""
+    parts: list[Tensor]
+    """The body's parameters in their order, ``(C, …)`` each."""
+    factors: Tensor
+    """``(C,)`` float32."""
 
 
 def train(
-    experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int
+    experiment: Experiment,
+    weights: Weights,
+    sequences: Sequences,
+    users: Ints,
+    round_: int,
+    clip: float | None = None,
 ) -> Iterator[Updates]:
     """Train a cohort from the same global weights.
 
@@ -189,6 +262,8 @@ def train(
         ``(C,)`` int64, distinct.
     round_ : int
         From 1; with the seed and each user, the key of all draws.
+    clip : float, optional
+        Bound on the L2 norm of each whole update.
 
     Yields
     ------
@@ -196,7 +271,7 @@ def train(
         Of one chunk of users; each user is in one chunk.
     """
     for chunk in plan(experiment, sequences, users, len(weights.table)):
-        yield train_chunk(experiment, weights, sequences, chunk, round_)
+        yield train_chunk(experiment, weights, sequences, chunk, round_, clip)
 
 
 def plan(experiment: Experiment, sequences: Sequences, users: Ints, catalogue: int) -> list[Ints]:
@@ -213,45 +288,22 @@ def plan(experiment: Experiment, sequences: Sequences, users: Ints, catalogue: i
     return chunks(experiment, sequences, users, bytes_per_user)
 
 
-def train_chunk(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int) -> Updates:
+def train_chunk(
+    experiment: Experiment,
+    weights: Weights,
+    sequences: Sequences,
+    users: Ints,
+    round_: int,
+    clip: float | None = None,
+) -> Updates:
     """Train one chunk of a plan; arguments as in `train`."""
     catalogue = len(weights.table)
     problems = pose(experiment, sequences, windows(experiment, sequences, users, round_), round_, catalogue)
-    return Updates(experiment, weights, problems, round_)
+    return Updates(experiment, weights, problems, round_, clip)
 
 
-def _loss(
-    experiment: Experiment, table: Tensor, parameters: dict[str, Tensor], problem: Problem, step: int, round_: int
-) -> Tensor:
-    """Loss of each user in one local step, ``(C,)``; weights shared or stacked, as the problem is numbered."""
-    model, (users, _, lengths) = experiment.model, problem.windows
-    index = problem.events[:, step]  # (C, W + 1)
-    w = index.shape[1] - 1
-    mask = torch.from_numpy(np.arange(1, w + 1) < lengths[:, step, None])  # (C, W)
-    masks = None
-    if model.dropout:
-        shape = (len(users), w, dropout_sites(model), model.dim)
-        bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, users, shape[1] * shape[2] * shape[3])
-        masks = torch.from_numpy(keep_mask(bits, model.dropout)).view(shape)
-    embedded = _gather(table, index)  # (C, W + 1, D), inputs and, one later, targets
-    hidden = encode(model, parameters, embedded[:, :-1], masks)  # (C, W, D)
-    positive = (hidden * embedded[:, 1:]).sum(-1)  # (C, W)
-    if experiment.loss.kind == "softmax":
-        negative = hidden @ table.mT  # (C, W, I)
-    elif problem.private is not None:
-        other = _gather(table, problem.private[:, step])
-        negative = (hidden * other).sum(-1, keepdim=True) + problem.barred[:, step]  # (C, W, 1)
-    elif table.dim() == 2:
-        negative = (hidden @ table[: problem.negatives].T).add_(problem.barred)  # (C, W, N)
-    else:
-        negative = torch.baddbmm(problem.barred, hidden, table[:, : problem.negatives].mT)
-    loss = build_loss(experiment.loss, problem.catalogue)
-    return loss(Candidates(positive, negative), index[:, 1:], mask)
-
-
-def _gather(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of a table, shared ``(R, D)`` or each user's own ``(C, R, D)``, at ``(C, L)`` → ``(C, L, D)``."""
-    if table.dim() == 2:
-        return F.embedding(index, table)
-    c, r, d = table.shape
-    return F.embedding(index + torch.arange(c).unsqueeze(-1) * r, table.view(c * r, d))
+def _weighted(scale: Tensor, stacked: Tensor) -> Tensor:
+    """Σ scale · part over users, ``(C,), (C, …) → (…)``; without a copy where two dimensions are merely swapped."""
+    if stacked.dim() == 3 and not stacked.is_contiguous() and stacked.mT.is_contiguous():
+        return _weighted(scale, stacked.mT).mT
+    return (scale @ stacked.flatten(1)).view(stacked.shape[1:])

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from common.privacy.schema import NoPrivacy, PrivacyConfig, UserLevel
 from common.sources import DataConfig, Natural, Positive, Rate, Section, Share
 
 # --- model and loss ----------------------------------------------------------------------------------------------
@@ -180,6 +181,13 @@ class EvaluationConfig(Section):
     """K of HR@K and NDCG@K."""
     sampled: Positive | None = None
     """Also rank against so many sampled negatives, printed apart as `hr@10|s99`; for old comparisons only."""
+    privacy: Literal["noised", "public-holdout", "unaccounted"] = "noised"
+    """Under a privacy mode, what metrics may look at. `noised`: one noised histogram of ranks per ranking, paid for.
+    `public-holdout`: users who never train. `unaccounted`: as they are; for simulations only, and marked so."""
+    noise: Rate = 30.0
+    """Standard deviation of the noise on each count of the histogram, in users."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the users that are public, for `public-holdout`."""
     resamples: Annotated[int, Field(ge=100)] = 1000
     """Bootstrap resamples over users behind each 95 % interval."""
 
@@ -225,10 +233,27 @@ class Experiment(Section):
     """What the clients minimise."""
     federation: FederationConfig = FederationConfig()
     """Rounds, cohort, local training, server step."""
+    privacy: PrivacyConfig = NoPrivacy()
+    """What is promised to whom, and at what price."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How quality is measured."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Engine, threads, memory."""
+
+    @model_validator(mode="after")
+    def _promises_hold(self) -> "Experiment":
+        """What would make the account of a privacy mode a false one is refused."""
+        privacy, federation = self.privacy, self.federation
+        if not isinstance(privacy, UserLevel):
+            return self
+        said = f"privacy.kind {privacy.kind} "
+        if federation.weighting != "uniform":
+            raise ValueError(said + "needs federation.weighting=uniform: weighed by events, one user passes the bound")
+        if federation.sampling != "poisson":
+            raise ValueError(said + "needs federation.sampling=poisson: a cohort of fixed size has no such account")
+        if privacy.cap is not None and privacy.cap < federation.cohort:
+            raise ValueError(said + "has a cap below federation.cohort, which is the mean size of a round")
+        return self
 
 
 def digest(value: object, length: int = 16) -> str:

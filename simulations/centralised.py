@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.config import Experiment, ModelConfig
 from common.data.sequences import Ints, Sequences
-from common.seeding import generator, keep_mask, uniform_bits
+from common.seeding import generator, keep_mask, uniform_bits, uniform_integers
 
 LOSSES = ("softmax", "sampled-softmax")
 """Values of `loss.kind` that are known here."""
@@ -100,8 +100,19 @@ def train(experiment: Experiment, model: SASRec, sequences: Sequences, batches: 
     """
     optimizer = adam(experiment, model)
     for step, users in batches:
-        if not (sequences.stops(users, "train")[0] - sequences.offsets[users] > 1).any():
-            continue  # no token, no step; the server makes none either
+        train_step(experiment, model, optimizer, sequences, users, step)
+
+
+def train_step(
+    experiment: Experiment,
+    model: SASRec,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequences,
+    users: Ints,
+    step: int,
+) -> None:
+    """One mini-batch; with no token in it no step, as the server makes none either."""
+    if (sequences.stops(users, "train")[0] - sequences.offsets[users] > 1).any():
         optimizer.zero_grad()
         loss(experiment, model, sequences, users, step).backward()
         optimizer.step()
@@ -131,8 +142,13 @@ def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Int
     """
     config = experiment.model
     stops, _ = sequences.stops(users, "train")
-    width = int(np.clip((stops - sequences.offsets[users]).max() - 1, 1, config.max_length))
-    events, lengths = sequences.windows(users, stops, width + 1)
+    histories = stops - sequences.offsets[users]
+    width = int(np.clip(histories.max() - 1, 1, config.max_length))
+    ends = stops
+    if experiment.federation.local.window == "random":
+        starts = np.maximum(0, histories - (config.max_length + 1)) + 1  # places where a whole window may begin
+        ends = stops - uniform_integers(experiment.seed, "window", step, users, 1, 2**31)[:, 0] * starts // 2**31
+    events, lengths = sequences.windows(users, ends, width + 1)
     real = torch.from_numpy(np.arange(1, width + 1) < lengths[:, None])  # (B, L)
     window = torch.from_numpy(events)
     masks = None

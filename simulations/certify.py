@@ -93,9 +93,9 @@ def parity_mode(experiment: Experiment) -> Experiment:
     adam = experiment.federation.optimizer.model_dump(exclude={"kind", "momentum"}) | {"kind": "fedadam"}
     if experiment.federation.optimizer.kind != "fedadam":
         adam = {"kind": "fedadam"}
-    local = {"steps": 1, "lr": 1.0}
+    local = {"steps": 1, "lr": 1.0, "window": experiment.federation.local.window}
     federation = {"rounds": ROUNDS, "weighting": "events", "local": local, "optimizer": adam}
-    evaluation = {"every": ROUNDS, "patience": None, "users": None}
+    evaluation = {"every": ROUNDS, "patience": None, "users": None, "test_users": None}
     return altered(experiment, federation=federation, evaluation=evaluation)
 
 
@@ -167,7 +167,7 @@ def _centralised(device: Device, outcome: Outcome, report: Report) -> Iterator[C
 
     report("one step of plain SGD")
     once = _with(device, federation={"rounds": 1, "optimizer": SGD, "sampling": "fixed"}, evaluation={"every": 1})
-    model = _module(device)
+    model = initial_model(device)
     users = cohort(once.experiment.federation, len(sequences), experiment.seed, 1)
     centralised.loss(experiment, model, sequences, users, 1).backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
@@ -175,7 +175,7 @@ def _centralised(device: Device, outcome: Outcome, report: Report) -> Iterator[C
     yield _same_weights(name, UPDATE_BOUND, _federated(once).weights, model, experiment)
 
     report(f"{ROUNDS} centralised steps")
-    model = _module(device)
+    model = initial_model(device)
     centralised.train(experiment, model, sequences, map(batch, range(1, ROUNDS + 1)))
     name = f"weights after {ROUNDS} rounds: federated = centralised"
     yield _same_weights(name, WEIGHT_BOUND, outcome.weights, model, experiment)
@@ -203,7 +203,7 @@ def _federated(device: Device) -> Outcome:
     return play(device, partial(serve, experiment=device.experiment, folder=None, observe=lambda line: None))
 
 
-def _module(device: Device) -> centralised.SASRec:
+def initial_model(device: Device) -> centralised.SASRec:
     """The centralised loop's model with the initial weights of a federated run."""
     experiment, items = device.experiment, device.catalogue.items
     model = centralised.SASRec(experiment.model, items)

@@ -181,6 +181,19 @@ def certify(config: Config, overrides: Overrides = None, as_json: AsJson = False
 
 
 @app.command()
+def pooled(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the same model on everybody's data in one pool, to see what federation costs."""
+    from simulations import pooled as loop
+    from simulations.report import render_pooled
+
+    result = loop.train(_load(config, overrides), _Screen(stderr=True).print)
+    if as_json:
+        _print_json(result)
+    else:
+        render_pooled(_Screen(), result)
+
+
+@app.command()
 def bench(
     workload: Annotated[
         str, typer.Option(help="Such as ml-1m-1step, beauty-5step, population-1000000.")

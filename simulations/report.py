@@ -162,6 +162,17 @@ def render_checks(console: Console, checks: Sequence[Any]) -> None:
     _print(console, "Parity certificate: largest differences", table)
 
 
+def render_pooled(console: Console, result: dict[str, Any]) -> None:
+    """Print what training on a pool of everybody's data gave."""
+    table = _table()
+    for name in ("test", "pooled data"):
+        table.add_column(name, justify="right" if name != "test" else "left")
+    for name in SHOWN:
+        table.add_row(_label(name), _number(result["test"][name]))
+    _print(console, "Centralised training, no federation", table)
+    console.print(f" {result['steps']:,} steps; validation chose step {result['best_step']:,}")
+
+
 def render_bench(console: Console, found: dict[str, Any]) -> None:
     """Print what `hushrec bench` measured."""
     table = _table()

@@ -40,6 +40,7 @@ class Numbers(NamedTuple):
     sound: NDArray[np.bool_]
     counts: Ints
     expected: Floats
+    norms: NDArray[np.float64] | None
     rows: Ints | None
     table: Floats
     body: Floats
@@ -53,16 +54,21 @@ class Worker:
         self.experiment = Experiment.model_validate_json(experiment)
         self.sequences = Sequences.open(Path(folder))
 
-    def solve(self, weights: Weights, users: Ints, round_: int, importance: Floats | None) -> Numbers:
+    def solve(
+        self, weights: Weights, users: Ints, round_: int, clip: float | None, importance: Floats | None
+    ) -> Numbers:
         """Train a chunk and sum its updates, by default as the server is expected to weigh them."""
-        updates = train_chunk(self.experiment, weights, self.sequences, users, round_)
+        updates = train_chunk(self.experiment, weights, self.sequences, users, round_, clip)
         rows, total = updates.summed(updates.expected if importance is None else importance)
         facts = updates.users, updates.events, updates.losses, updates.sound, updates.counts, updates.expected
-        return Numbers(*facts, rows, total.table.numpy(), total.body.numpy())
+        norms = None if clip is None else updates.norms
+        return Numbers(*facts, norms, rows, total.table.numpy(), total.body.numpy())
 
-    def single(self, weights: Weights, users: Ints, round_: int, i: int) -> tuple[NDArray[np.int32], Floats, Floats]:
+    def single(
+        self, weights: Weights, users: Ints, round_: int, clip: float | None, i: int
+    ) -> tuple[NDArray[np.int32], Floats, Floats]:
         """One user's update: its rows, and the change of these and of the body."""
-        updates = train_chunk(self.experiment, weights, self.sequences, users, round_)
+        updates = train_chunk(self.experiment, weights, self.sequences, users, round_, clip)
         change = updates.one(i)
         return updates.rows(i), change.table.numpy(), change.body.numpy()
 
@@ -140,8 +146,10 @@ def _work(task: str, *arguments: Any) -> Any:
 class RemoteUpdates:
     """Updates of a chunk that a worker trained; the `common.wire.Pending` of this module."""
 
-    def __init__(self, team: "Team", weights: Weights, round_: int, numbers: Numbers):
-        self._team, self._weights, self._round, self._numbers = team, weights, round_, numbers
+    def __init__(self, team: "Team", weights: Weights, round_: int, clip: float | None, numbers: Numbers):
+        self._team, self._weights, self._numbers = team, weights, numbers
+        self._asked = numbers.users, round_, clip
+        self.norms = numbers.norms
         self.users, self.events, self.losses = numbers.users, numbers.events, numbers.losses
         self.sound, self.counts, self.whole = numbers.sound, numbers.counts, numbers.rows is None
 
@@ -161,11 +169,11 @@ class RemoteUpdates:
         """As in `client.training.Updates`."""
         numbers = self._numbers
         if not np.array_equal(importance, numbers.expected):
-            numbers = self._team.ask(self._weights, "solve", self.users, self._round, importance)
+            numbers = self._team.ask(self._weights, "solve", *self._asked, importance)
         return numbers.rows, Weights(torch.from_numpy(numbers.table), torch.from_numpy(numbers.body))
 
     def _single(self, i: int) -> Any:
-        return self._team.ask(self._weights, "single", self.users, self._round, i)
+        return self._team.ask(self._weights, "single", *self._asked, i)
 
 
 def _result(ask: Callable[[], Any]) -> Any:
@@ -186,14 +194,20 @@ class Team:
         self._loaded: Weights | None = None
 
     def train(
-        self, experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, round_: int
+        self,
+        experiment: Experiment,
+        weights: Weights,
+        sequences: Sequences,
+        users: Ints,
+        round_: int,
+        clip: float | None = None,
     ) -> Iterator[RemoteUpdates]:
         """As `client.training.train`, chunks side by side."""
         self._load(weights)
         chunks = plan(experiment, sequences, users, len(weights.table))
-        tasks = [self._submit("solve", chunk, round_, None) for chunk in chunks]
+        tasks = [self._submit("solve", chunk, round_, clip, None) for chunk in chunks]
         for task in tasks:
-            yield RemoteUpdates(self, weights, round_, _result(task.result))
+            yield RemoteUpdates(self, weights, round_, clip, _result(task.result))
 
     def rank(
         self, experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: Split

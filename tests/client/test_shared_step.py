@@ -168,13 +168,13 @@ TROUBLE = {
 
 def plant(monkeypatch, change, users=(BROKEN,)):
     """Change the loss of some users, in either pass."""
-    loss = training._loss
+    loss = training.step_loss
 
     def changed(experiment, table, parameters, problem, step, round_):
         losses = loss(experiment, table, parameters, problem, step, round_)
         return change(losses, torch.from_numpy(np.isin(problem.windows.users, users)))
 
-    monkeypatch.setattr(training, "_loss", changed)
+    monkeypatch.setattr(training, "step_loss", changed)
 
 
 @pytest.mark.parametrize("trouble", TROUBLE)

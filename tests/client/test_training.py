@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from client import batches, problem, training
+from client import batches, problem
 from common.config import FederationConfig, LocalConfig
 from common.models.weights import Weights, named
 from common.seeding import uniform_integers
@@ -232,7 +232,7 @@ def test_a_user_whose_numbers_break_keeps_them_to_itself(experiment, monkeypatch
     """NaN planted into one user's dropout masks, in the middle of its company."""
     experiment = experiment.model_copy(update={"model": experiment.model.model_copy(update={"dropout": 0.3})})
     expected = updates(experiment)
-    bits, keep, seen = training.uniform_bits, training.keep_mask, []
+    bits, keep, seen = step.uniform_bits, step.keep_mask, []
 
     def remember(seed, purpose, round_, users, n):
         seen.append(users)
@@ -243,8 +243,8 @@ def test_a_user_whose_numbers_break_keeps_them_to_itself(experiment, monkeypatch
         mask[seen.pop() == 4] = np.nan
         return mask
 
-    monkeypatch.setattr(training, "uniform_bits", remember)
-    monkeypatch.setattr(training, "keep_mask", poisoned)
+    monkeypatch.setattr(step, "uniform_bits", remember)
+    monkeypatch.setattr(step, "keep_mask", poisoned)
     healthy(updates(experiment), expected, broken=4)
 
 

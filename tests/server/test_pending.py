@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from flwr.common.serde import message_from_proto, message_to_proto
 
-from client import training
+from client import step
 from client.training import Updates
 from common.wire import METRICS, UPDATE, arrays
 from server.roster import Roster
@@ -230,15 +230,15 @@ def test_a_second_reply_and_a_strangers_reply_do_not_count():
 def test_a_user_in_trouble_is_refused_and_the_others_count(engine, monkeypatch):
     experiment = setup()
     expected, _, _ = aggregated(experiment, [reply for user, reply in enumerate(replies(experiment)) if user != 8])
-    keep, bits, seen = training.keep_mask, training.uniform_bits, []
-    monkeypatch.setattr(training, "uniform_bits", lambda *given: seen.append(given[3]) or bits(*given))
+    keep, bits, seen = step.keep_mask, step.uniform_bits, []
+    monkeypatch.setattr(step, "uniform_bits", lambda *given: seen.append(given[3]) or bits(*given))
 
     def poisoned(drawn, share):
         mask = keep(drawn, share)
         mask[seen.pop() == 8] = np.nan
         return mask
 
-    monkeypatch.setattr(training, "keep_mask", poisoned)
+    monkeypatch.setattr(step, "keep_mask", poisoned)
     weights = world.weights(experiment.model, ITEMS)
     grid = grid_of(experiment, engine, monkeypatch)
     found = grid.send_and_receive(world.ask("train", experiment, weights, USERS))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import Array, Error, Message
 
-from client import evaluation, training
+from client import evaluation, step, training
 from common.config import Experiment
 from common.errors import UsageError
 from common.loading import parse
@@ -206,14 +206,14 @@ def half_sent(monkeypatch):
 
 def half_learnt(monkeypatch):
     """Clients halve the gradient, alone and together."""
-    whole = training._loss
-    monkeypatch.setattr(training, "_loss", lambda *arguments: whole(*arguments) / 2)
+    whole = training.step_loss
+    monkeypatch.setattr(training, "step_loss", lambda *arguments: whole(*arguments) / 2)
 
 
 def mistimed(monkeypatch):
     """Dropout masks are those of another round."""
-    draw = training.uniform_bits
-    monkeypatch.setattr(training, "uniform_bits", lambda seed, name, round_, *rest: draw(seed, name, round_ + 1, *rest))
+    draw = step.uniform_bits
+    monkeypatch.setattr(step, "uniform_bits", lambda seed, name, round_, *rest: draw(seed, name, round_ + 1, *rest))
 
 
 def different_alone(monkeypatch):

@@ -235,13 +235,13 @@ def test_updates_of_an_earlier_round_are_of_its_weights():
 
 @pytest.mark.usefixtures("_small")
 def test_a_user_in_trouble_is_refused_and_the_others_count(monkeypatch):
-    here, loss = placed(), training._loss
+    here, loss = placed(), training.step_loss
 
     def broken(experiment, table, parameters, problem, step, round_):
         factor = np.where(problem.windows.users == 5, np.nan, 1).astype(np.float32)
         return loss(experiment, table, parameters, problem, step, round_) * torch.from_numpy(factor)
 
-    monkeypatch.setattr(training, "_loss", broken)
+    monkeypatch.setattr(training, "step_loss", broken)
     pool = Inline(here.device)
     messages = world.ask("train", here.experiment, here.weights, USERS.tolist())
     far, near = (

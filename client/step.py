@@ -1,0 +1,74 @@
+"""One local step of a chunk: what it reads of the item table, and each user's loss."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from client.problem import Problem
+from common.config import Experiment
+from common.models.encoder import dropout_sites, encode
+from common.models.losses import Candidates, build_loss
+from common.seeding import keep_mask, uniform_bits
+
+
+class Vectors(NamedTuple):
+    """Item vectors that one local step reads."""
+
+    events: Tensor
+    """Of the windows, ``(C, W + 1, D)``."""
+    scored: Tensor | None
+    """Of the items that every position is scored against, shared ``(N, D)`` or stacked ``(C, N, D)``."""
+    private: Tensor | None
+    """Of one negative per position, ``(C, W, D)``, for `bce`."""
+
+
+def read_vectors(table: Tensor, problem: Problem, step: int) -> Vectors:
+    """What a step reads from a table, shared ``(R, D)`` or each user's own ``(C, R, D)``."""
+    events = _gather(table, problem.events[:, step])
+    if problem.private is not None:
+        return Vectors(events, None, _gather(table, problem.private[:, step]))
+    return Vectors(events, table if problem.rows is None else table[..., : problem.negatives, :], None)
+
+
+def step_loss(
+    experiment: Experiment,
+    vectors: Vectors,
+    parameters: dict[str, Tensor],
+    problem: Problem,
+    step: int,
+    round_: int,
+) -> Tensor:
+    """Loss of each user in one local step, ``(C,)``; weights shared or stacked."""
+    model, (users, _, lengths) = experiment.model, problem.windows
+    w = vectors.events.shape[1] - 1
+    mask = torch.from_numpy(np.arange(1, w + 1) < lengths[:, step, None])  # (C, W)
+    masks = None
+    if model.dropout:
+        shape = (len(users), w, dropout_sites(model), model.dim)
+        bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, users, shape[1] * shape[2] * shape[3])
+        masks = torch.from_numpy(keep_mask(bits, model.dropout)).view(shape)
+    hidden = encode(model, parameters, vectors.events[:, :-1], masks)  # (C, W, D)
+    positive = (hidden * vectors.events[:, 1:]).sum(-1)  # (C, W)
+    if vectors.private is not None:
+        negative = (hidden * vectors.private).sum(-1, keepdim=True) + problem.barred[:, step]  # (C, W, 1)
+    elif vectors.scored is None:
+        raise ValueError("nothing to score against")
+    elif experiment.loss.kind == "softmax":
+        negative = hidden @ vectors.scored.mT  # (C, W, I)
+    elif vectors.scored.dim() == 2:
+        negative = (hidden @ vectors.scored.T).add_(problem.barred)  # (C, W, N)
+    else:
+        negative = torch.baddbmm(problem.barred, hidden, vectors.scored.mT)
+    loss = build_loss(experiment.loss, problem.catalogue)
+    return loss(Candidates(positive, negative), problem.events[:, step, 1:], mask)
+
+
+def _gather(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table, shared ``(R, D)`` or each user's own ``(C, R, D)``, at ``(C, L)`` → ``(C, L, D)``."""
+    if table.dim() == 2:
+        return F.embedding(index, table)
+    c, r, d = table.shape
+    return F.embedding(index + torch.arange(c).unsqueeze(-1) * r, table.view(c * r, d))

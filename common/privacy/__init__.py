@@ -1,0 +1,1 @@
+"""Differential privacy: what is promised, what it costs, and the mechanisms that keep it."""

@@ -1,0 +1,78 @@
+"""Where noise comes from: keyed draws that can be repeated, or the operating system's entropy, which cannot.
+
+Floating-point noise has holes (Mironov, CCS 2012): some outputs cannot arise from some inputs. `Secure` adds four
+independent Gaussians of half the scale, which makes the search for such holes infeasible (Holohan & Braghin, ESORICS
+2021; what Opacus calls secure mode). Neither source protects against who reads this process's memory or its timing.
+"""
+
+import os
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.seeding import generator
+
+Floats = NDArray[np.float64]
+
+
+class NoiseSource(Protocol):
+    """Standard normal draws, and generators for secret choices."""
+
+    reproducible: bool
+    """Whether the same keys give the same draws."""
+
+    def normal(self, n: int, purpose: str, *keys: int) -> Floats:
+        """`n` standard normal numbers for one purpose and key; never ask twice with the same."""
+
+    def choices(self, purpose: str, *keys: int) -> np.random.Generator:
+        """A generator for secret choices such as who takes part."""
+
+
+class Reproducible:
+    """Keyed by the experiment's seed: for research, since who knows the seed can subtract the noise."""
+
+    reproducible = True
+
+    def __init__(self, seed: int):
+        self._seed = seed
+
+    def normal(self, n: int, purpose: str, *keys: int) -> Floats:
+        """As in `NoiseSource`."""
+        return generator(self._seed, purpose, *keys).standard_normal(n)
+
+    def choices(self, purpose: str, *keys: int) -> np.random.Generator:
+        """As in `NoiseSource`."""
+        return generator(self._seed, purpose, *keys)
+
+
+class Secure:
+    """From the operating system's entropy; keys are not looked at."""
+
+    reproducible = False
+
+    def normal(self, n: int, purpose: str, *keys: int) -> Floats:
+        """As in `NoiseSource`."""
+        total = np.zeros(n)
+        for _ in range(4):
+            total += _box_muller(n)
+        return total / 2
+
+    def choices(self, purpose: str, *keys: int) -> np.random.Generator:
+        """As in `NoiseSource`."""
+        return np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(16), "little")))
+
+
+def noise_source(rng: str, seed: int) -> NoiseSource:
+    """The source that ``privacy.rng`` names."""
+    return Secure() if rng == "secure" else Reproducible(seed)
+
+
+def _box_muller(n: int) -> Floats:
+    """Standard normal numbers from entropy (Box & Muller, 1958)."""
+    half = (n + 1) // 2
+    bits = np.frombuffer(os.urandom(16 * half), dtype=np.uint64).reshape(2, half)
+    radius, angle = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1)
+    radius = np.sqrt(-2 * np.log(radius))
+    angle *= 2 * np.pi
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
