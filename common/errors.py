@@ -38,3 +38,9 @@ class Interrupted(HushrecError):  # noqa: N818 - it is a stop, not a fault
     """The run was stopped by the user and can be resumed; exit code 130."""
 
     exit_code = 130
+
+
+class BudgetSpent(HushrecError):  # noqa: N818 - it is a stop, not a fault
+    """The next release would exceed the privacy budget; the last paid model is kept; exit code 3."""
+
+    exit_code = 3

@@ -101,6 +101,34 @@ def point(ranks: ArrayLike, cutoffs: Sequence[int]) -> dict[str, float]:
     return dict(zip(names, _means(table), strict=True))
 
 
+def from_histogram(edges: ArrayLike, counts: ArrayLike, users: int, cutoffs: Sequence[int]) -> dict[str, float]:
+    """Figures from how many users have which rank, as a noised release tells it.
+
+    Parameters
+    ----------
+    edges : (b,)
+        Largest rank of each bin, ascending; every rank up to the largest cutoff has a bin of its own.
+    counts : (b,)
+        Users of each bin; noise may have made them negative.
+    users : int
+        Users that were asked: a public number, where the number of those with an answer is not.
+    cutoffs : sequence of int
+        The K of HR@K and NDCG@K.
+
+    Returns
+    -------
+    dict of str to float
+        As in `point`; MRR counts a wide bin at its largest rank, so it is a little low.
+    """
+    last, held = np.asarray(edges, np.float64), np.asarray(counts, np.float64)
+    figures = {}
+    for k in cutoffs:
+        inside = last <= k
+        figures[f"hr@{k}"] = float(held[inside].sum() / max(1, users))
+        figures[f"ndcg@{k}"] = float((held / np.log2(last + 1))[inside].sum() / max(1, users))
+    return figures | {"mrr": float((held / last).sum() / max(1, users))}
+
+
 def summarise(ranks: ArrayLike, cutoffs: Sequence[int], resamples: int = 1000, seed: int = 0) -> dict[str, Estimate]:
     """Figures with 95 % intervals: percentile bootstrap over users (Efron, Annals of Statistics 1979).
 

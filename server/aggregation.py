@@ -33,6 +33,8 @@ class Reply(NamedTuple):
     """Its numbers, or where in this process they wait to be computed."""
     bytes: int
     """Size of its arrays."""
+    below: int = 1
+    """Whether the update was within the clipping norm before it was clipped, 0 or 1."""
 
 
 class Rejected(Exception):  # noqa: N818 - a verdict on one reply, never raised further
@@ -64,6 +66,7 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
         metrics = record(message.content, METRICS, MetricRecord)
         user, events = whole_number(metrics, "user"), whole_number(metrics, "events")
         loss = float(number(metrics, "loss"))
+        below = whole_number(metrics, "below") if "below" in metrics else 1
         # What this process computes itself has been checked by its maker, and is not computed one by one.
         update = pending_of(arrays) or _explicit(arrays)
         size = payload_bytes(arrays)
@@ -71,11 +74,11 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
     if not roster.hosts(message.metadata.src_node_id, user):
         raise Rejected("speaks for a user of another node")
-    if not 0 <= events < 2**31 or not np.isfinite(loss):
+    if not 0 <= events < 2**31 or not np.isfinite(loss) or below not in {0, 1}:
         raise Rejected("impossible event count or loss")
     if isinstance(update, Explicit):
         _check_numbers(update, weights)
-    return Reply(user, events, loss, update, size)
+    return Reply(user, events, loss, update, size, below)
 
 
 def one_line(reason: str | None) -> str:

@@ -41,6 +41,8 @@ class State:
     """Its NDCG@10."""
     stale: int = 0
     """Validations since."""
+    clip: float | None = None
+    """Clipping norm of the next round, where it adapts."""
 
 
 def save(path: Path, state: State, experiment: Experiment) -> None:
@@ -62,6 +64,7 @@ def save(path: Path, state: State, experiment: Experiment) -> None:
         "best_round": state.best_round,
         "best_value": state.best_value,
         "stale": state.stale,
+        "clip": state.clip,
     }
     _write(path, tensors, facts)
 
@@ -95,6 +98,7 @@ def load(path: Path, experiment: Experiment) -> State:
             facts["best_round"],
             facts["best_value"],
             facts["stale"],
+            facts["clip"],
         )
     except (KeyError, TypeError) as fault:
         raise StateError(f"{path}: incomplete checkpoint ({fault}); delete it and start a new run") from fault

@@ -17,18 +17,21 @@ from numpy.typing import NDArray
 
 from common import timing
 from common.config import Experiment, experiment_hash
-from common.errors import Interrupted, StateError
+from common.errors import BudgetSpent, Interrupted, StateError
+from common.files import write_json
 from common.models.weights import Weights, initialise
 from common.timing import phase
 from server import checkpoint
 from server.checkpoint import State
+from server.curator import curator as curator_of
 from server.journal import Observer, journal
+from server.ledger import RANKING, UPDATE
 from server.roster import Roster
 from server.strategy import FederatedRanking
 
 SELECT = "ndcg@10"
 """Validation figure that chooses the round."""
-CHECKPOINT_FILE, MODEL_FILE = "checkpoint.safetensors", "model.safetensors"
+CHECKPOINT_FILE, MODEL_FILE, CARD_FILE = "checkpoint.safetensors", "model.safetensors", "privacy.json"
 TIMEOUT = 3600.0
 """Seconds that a round waits for replies."""
 RANKING_SLICE = 8192
@@ -48,7 +51,11 @@ class Outcome:
     best_round: int
     """The chosen one."""
     test: tuple[Ranks, Ranks]
-    """Full and sampled test rank by user, NaN where there is none."""
+    """Full and sampled test rank by user, NaN where there is none; for those who may see it."""
+    figures: dict[str, float]
+    """Test figures as the privacy mode lets them be told."""
+    card: dict[str, Any]
+    """What was promised and what it has cost."""
     bytes_down: int
     """Bytes that each client received in a round."""
 
@@ -93,14 +100,21 @@ def serve(
     """
     roster = Roster.discover(grid, experiment_hash(experiment))
     state = _start(experiment, roster, folder, resume)
-    strategy = FederatedRanking(experiment, roster, state.weights)
+    curator = curator_of(experiment, roster.population, roster.items, folder)
+    curator.clip = state.clip or curator.clip
+    strategy = FederatedRanking(experiment, roster, state.weights, curator)
     strategy.optimizer.load(state.optimizer)
     record = journal(folder, observe, state.round)
     last, every = experiment.federation.rounds, experiment.evaluation.every
+    spent = False
     while state.round < last and not _worn_out(experiment, state):
+        spent = not curator.affords(UPDATE)
+        if spent:
+            break
         state.round += 1
         record(train_round(grid, strategy, state.round))
-        if state.round % every == 0 or state.round == last:
+        state.clip = curator.clip
+        if (state.round % every == 0 or state.round == last) and curator.affords(RANKING):
             record(_validate(grid, strategy, state))
         stop = stopping()
         due = state.round % experiment.runtime.checkpoint_every == 0
@@ -113,11 +127,25 @@ def serve(
     if folder:
         checkpoint.save_model(folder / MODEL_FILE, chosen, experiment)
     best_round = state.round if state.best is None else state.best_round
-    judge = FederatedRanking(experiment, roster, chosen)
+    judge = FederatedRanking(experiment, roster, chosen, curator)
+    numbers = sum(part.numel() for part in chosen)
+    if spent or not curator.affords(RANKING):
+        _tell_card(folder, curator.card(numbers))
+        raise BudgetSpent(
+            f"the privacy budget is spent after round {state.round} of {last}; the model of round {best_round} is kept"
+            + (f" in {folder}" if folder else "")
+        )
     test = _rank(grid, judge, best_round, "test")
     if judge.rejections and not np.isfinite(test[0]).any():
         raise StateError(f"nobody could rank the test item: {', '.join(judge.rejections)}")
-    return Outcome(chosen, state.round, best_round, test, strategy.bytes_down())
+    figures = judge.quality(test, best_round)
+    _tell_card(folder, curator.card(numbers))
+    return Outcome(chosen, state.round, best_round, test, figures, curator.card(numbers), strategy.bytes_down())
+
+
+def _tell_card(folder: Path | None, facts: dict[str, Any]) -> None:
+    if folder:
+        write_json(folder / CARD_FILE, facts)
 
 
 def _start(experiment: Experiment, roster: Roster, folder: Path | None, resume: bool) -> State:
@@ -149,13 +177,14 @@ def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str
 def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str, Any]:
     began = time.perf_counter()
     ranks = _rank(grid, strategy, state.round, "validation")
-    figures = strategy.quality(ranks)
+    figures = strategy.quality(ranks, state.round)
     if figures[SELECT] > state.best_value:
         state.best = Weights(*(part.clone() for part in state.weights))
         state.best_round, state.best_value, state.stale = state.round, figures[SELECT], 0
     else:
         state.stale += 1
-    facts = {"round": state.round, "kind": "validation", **figures, "users": int(np.isfinite(ranks[0]).sum())}
+    users = int(np.isfinite(ranks[0]).sum()) if strategy.curator.tells_all else strategy.asked
+    facts = {"round": state.round, "kind": "validation", **figures, "users": users}
     return facts | {"seconds": time.perf_counter() - began} | _reasons(strategy)
 
 

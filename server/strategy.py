@@ -4,6 +4,7 @@ It reads like the algorithm: `configure_train` is what the server says, `aggrega
 (McMahan et al., AISTATS 2017; Reddi et al., ICLR 2021).
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -14,14 +15,16 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from common.config import Experiment, experiment_hash
+from common.errors import StateError
 from common.metrics import point
 from common.models.weights import Weights
 from common.timing import phase
 from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, record, whole_number
-from server.aggregation import admit, one_line, weigh, weighted_sum
-from server.optimizers import ServerOptimizer, mean_of
+from server.aggregation import admit, one_line
+from server.curator import Curator
+from server.curator import curator as curator_of
+from server.optimizers import ServerOptimizer
 from server.roster import Roster, messages
-from server.sampling import cohort, some_users
 
 
 class FederatedRanking(Strategy):
@@ -35,16 +38,21 @@ class FederatedRanking(Strategy):
         Which node hosts which user.
     weights : Weights
         The global weights; stepped in place.
+    curator : Curator, optional
+        Decides what may be released and at what price; by default the experiment's, without a ledger on disk.
     """
 
-    def __init__(self, experiment: Experiment, roster: Roster, weights: Weights):
+    def __init__(self, experiment: Experiment, roster: Roster, weights: Weights, curator: Curator | None = None):
         self.experiment = experiment
+        self.curator = curator or curator_of(experiment, roster.population, roster.items)
         self.roster = roster
         self.weights = weights
         self.optimizer = ServerOptimizer(experiment.federation.optimizer, weights)
         self.fingerprint = experiment_hash(experiment)
         self.rejections: dict[str, int] = {}
         """Reasons for the replies left out of the last round or ranking, and how many each."""
+        self.asked = 0
+        """Users who were asked for a rank and answered, be it with an error."""
 
     def arrays(self) -> ArrayRecord:
         """The global weights as they travel: a copy, since steps are made in place while replies may still wait."""
@@ -54,8 +62,9 @@ class FederatedRanking(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message for each user sampled in this round."""
-        users = cohort(self.experiment.federation, self.roster.population, self.experiment.seed, server_round)
-        return messages(self.roster, users, self._content(server_round, arrays, config), "train", server_round)
+        told = config if self.curator.clip is None else ConfigRecord({**config, "clip": self.curator.clip})
+        users = self.curator.cohort(server_round)
+        return messages(self.roster, users, self._content(server_round, arrays, told), "train", server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -63,33 +72,28 @@ class FederatedRanking(Strategy):
         """Step along the mean of the updates that pass the check; with none, the model stays as it is."""
         with phase("checking"):
             good, rejected = admit(replies, self.weights, self.roster)
-        self.rejections = dict(rejected)
-        importance = weigh(good, self.experiment.federation)
-        metrics: dict[str, MetricRecordValues] = {"clients": len(good), "rejected": sum(rejected.values())}
-        if importance.sum() > 0:
-            with phase("summing"):
-                total = weighted_sum(good, importance, self.weights)
+        self._note(rejected, len(good))
+        with phase("summing"):
+            update, told = self.curator.mean(server_round, good, self.weights)
+        if update is not None:
             with phase("stepping"):
-                self.optimizer.step(mean_of(total, float(importance.sum())))
-            metrics["loss"] = float(np.average([reply.loss for reply in good], weights=importance))
-            metrics["bytes_up_per_client"] = float(np.mean([reply.bytes for reply in good]))
+                self.optimizer.step(update)
+        metrics: dict[str, MetricRecordValues] = {**told}
+        if self.curator.tells_all:
+            metrics["rejected"] = sum(rejected.values())
         return self.arrays(), MetricRecord(metrics)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message for each user that ranks, made as they are taken."""
-        evaluation, population, seed = self.experiment.evaluation, self.roster.population, self.experiment.seed
-        if config["split"] == "test":
-            users = some_users(evaluation.test_users, population, seed, "test-users", 0)
-        else:
-            users = some_users(evaluation.users, population, seed, "validation-users", server_round)
+        users = self.curator.judges(str(config["split"]), server_round)
         return messages(self.roster, users, self._content(server_round, arrays, config), "evaluate", server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Global ranking quality."""
+        """Global ranking quality, as the curator lets it be told."""
         ranks = self.ranks(replies)
-        return MetricRecord({**self.quality(ranks)}) if np.isfinite(ranks[0]).any() else None
+        return MetricRecord({**self.quality(ranks, server_round)}) if np.isfinite(ranks[0]).any() else None
 
     def ranks(self, replies: Iterable[Message]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Full and sampled rank by user, ``(N,)`` each; NaN where a user did not or could not rank.
@@ -97,11 +101,12 @@ class FederatedRanking(Strategy):
         A reply with an error, an unknown user or an impossible rank counts as none; errors are counted in `rejections`.
         """
         full, sampled = (np.full(self.roster.population, np.nan) for _ in range(2))
-        self.rejections = {}
+        rejected: Counter[str] = Counter()
+        self.asked = 0
         for reply in replies:
+            self.asked += 1
             if reply.has_error():
-                reason = one_line(reply.error.reason)
-                self.rejections[reason] = self.rejections.get(reason, 0) + 1
+                rejected[one_line(reply.error.reason)] += 1
                 continue
             with suppress(KeyError, TypeError):  # what is no number is no rank
                 said = record(reply.content, METRICS, MetricRecord)
@@ -110,13 +115,14 @@ class FederatedRanking(Strategy):
                     full[user] = rank
                     few = number(said, "rank_sampled")
                     sampled[user] = few if 1 <= few <= self.roster.items else np.nan
+        self._note(rejected, self.asked - rejected.total())
         return full, sampled
 
-    def quality(self, ranks: tuple[NDArray[np.float64], NDArray[np.float64]]) -> dict[str, float]:
+    def quality(self, ranks: tuple[NDArray[np.float64], NDArray[np.float64]], round_: int) -> dict[str, float]:
         """Metrics of ranks; those of sampled ranks under their own names, such as ``hr@10|s99``."""
         cutoffs = sorted({10, *self.experiment.evaluation.cutoffs})
-        figures = point(ranks[0], cutoffs)
-        if self.experiment.evaluation.sampled:
+        figures = self.curator.figures(ranks[0], self.asked, round_, cutoffs)
+        if self.experiment.evaluation.sampled and self.curator.tells_all:
             suffix = f"|s{self.experiment.evaluation.sampled}"
             figures |= {name + suffix: value for name, value in point(ranks[1], cutoffs).items()}
         return figures
@@ -127,6 +133,12 @@ class FederatedRanking(Strategy):
 
     def summary(self) -> None:
         """Nothing to say here; the round loop reports to its observer."""
+
+    def _note(self, rejected: Counter[str], good: int) -> None:
+        """Keep the reasons where they may be told; who was refused hangs on people's data."""
+        if rejected and not good and not self.curator.tells_all:
+            raise StateError(f"every reply was refused: {', '.join(rejected)}")
+        self.rejections = dict(rejected) if self.curator.tells_all else {}
 
     def _content(self, round_: int, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         told = ConfigRecord({"round": round_, "experiment": self.fingerprint, **config})

@@ -97,10 +97,17 @@ def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 
     kept = describe(experiment.data)["kept"]
     cost = forecast(experiment, kept["users"], kept["items"], kept["events"] / kept["users"])
+    from common.privacy.card import planned
+
+    privacy = planned(experiment, kept["users"], int(cost["parameters"]))
     if as_json:
-        _print_json({"experiment": experiment.model_dump(mode="json"), "forecast": cost})
+        _print_json({"experiment": experiment.model_dump(mode="json"), "forecast": cost, "privacy": privacy})
     else:
         _Screen().print(render(cost))
+        if privacy["epsilon"] is not None:
+            from simulations.report import render_card
+
+            render_card(_Screen(), privacy, "Privacy, when the run is over")
 
 
 @app.command()

@@ -11,6 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from common.privacy.card import advice
+
 SHOWN = ("hr@10", "ndcg@10", "mrr")
 _NAMES = {"ceiling": "best possible"}
 _EXPLAINED = (
@@ -57,6 +59,8 @@ def render(console: Console, result: dict[str, Any]) -> None:
         if line:
             console.print(Padding(Text(line, style), (0, 1, 1, 1)))
     console.print(_facts(result))
+    if result["privacy"]["epsilon"] is not None:
+        render_card(console, result["privacy"])
 
 
 def _verdict(result: dict[str, Any]) -> str:
@@ -64,7 +68,7 @@ def _verdict(result: dict[str, Any]) -> str:
     others = {name: figures["hr@10"]["value"] for name, figures in result["baselines"].items()}
     if reached is None:
         return "Nobody has a held-out event to test on: the histories are too short for this split."
-    if reached <= others["popularity"]:
+    if reached <= others.get("popularity", -1.0):
         return "No better than the popularity ranker yet: more rounds or another learning rate may help."
     if others.get("ceiling"):
         share = reached / others["ceiling"]
@@ -89,6 +93,38 @@ def _facts(result: dict[str, Any]) -> Table:
     for name, fact in rows.items():
         grid.add_row(name, Text(fact))
     return grid
+
+
+def render_card(console: Console, facts: dict[str, Any], heading: str = "Privacy card") -> None:
+    """Print a privacy card, `common.privacy.card.card`, and what a person should know about it."""
+    grid = Table.grid(padding=(0, 2, 0, 1), pad_edge=True)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    metrics = facts["epsilon_metrics"]
+    rows = {
+        "spent": f"epsilon {facts['epsilon']:.3f} at delta {facts['delta']:.2g}, of which metrics alone "
+        + ("are not accounted for" if metrics is None else f"{metrics:.3f}"),
+        "protected": f"{facts['unit']}; {facts['relation']}",
+        "from": facts["adversary"],
+        "mechanism": f"clip {facts['clipping_norm']:g}, noise multiplier {facts['noise_multiplier']:.4g}, "
+        f"{facts['sampler']} sampling at {facts['sampling_rate']:.3g}, {facts['rounds']:,} rounds, "
+        f"{facts['users']:,} users",
+        "account": facts["accountant"],
+        "noise/clip": f"{facts['noise_over_clip']:.2f} on the mean update; signal to noise at most "
+        + _ratio(facts["snr"]),
+        "clipped": "not told" if facts["clipped_share"] is None else f"{facts['clipped_share']:.0%} of updates",
+        "randomness": facts["rng"],
+    }
+    for name, fact in rows.items():
+        grid.add_row(name, Text(fact))
+    _print_heading(console, heading)
+    console.print(grid)
+    for line in advice(facts):
+        console.print(Padding(Text(line, "yellow"), (0, 1)))
+
+
+def _ratio(value: float | None) -> str:
+    return "without noise" if value is None else f"{value:.2g}"
 
 
 def render_phases(console: Console, phases: dict[str, float]) -> None:
@@ -192,8 +228,12 @@ def _table() -> Table:
 
 
 def _print(console: Console, heading: str, table: Table) -> None:
-    console.print(Padding(Text(heading, "bold"), (0, 1)))
+    _print_heading(console, heading)
     console.print(table)
+
+
+def _print_heading(console: Console, heading: str) -> None:
+    console.print(Padding(Text(heading, "bold"), (0, 1)))
 
 
 def _figures(figures: dict[str, Any]) -> Table:
@@ -212,7 +252,7 @@ def _label(name: str) -> str:
 
 
 def _interval(figure: dict[str, float | None]) -> str:
-    return "" if figure["value"] is None else f"{_number(figure['low'])} – {_number(figure['high'])}"
+    return "" if None in figure.values() else f"{_number(figure['low'])} – {_number(figure['high'])}"
 
 
 def _number(value: float | None) -> str:

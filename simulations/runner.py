@@ -1,5 +1,6 @@
 """A whole run on this machine: data, clients, server, baselines, result."""
 
+import math
 import os
 import resource
 import signal
@@ -88,9 +89,14 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         return {name + suffix: Estimate._asdict(figure) for name, figure in estimates.items()}
 
     full, sampled = outcome.test
-    test = figures(full) | (figures(sampled, f"|s{evaluation.sampled}") if evaluation.sampled else {})
-    tested = np.flatnonzero(np.isfinite(full))
-    ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items, tested)
+    if told_as_is(experiment):
+        test = figures(full) | (figures(sampled, f"|s{evaluation.sampled}") if evaluation.sampled else {})
+        tested = np.flatnonzero(np.isfinite(full))
+        ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items, tested)
+        users_tested = len(tested)
+    else:  # one noised release is all that may be known; rankers on the raw events would be another
+        test = {name: Estimate(value, math.nan, math.nan)._asdict() for name, value in outcome.figures.items()}
+        ranks, users_tested = {}, evaluation.test_users or len(device.sequences)
     trained = [line for line in read(folder) if line["kind"] == "train"]
     return {
         "run_dir": str(folder),
@@ -99,7 +105,7 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         "best_round": outcome.best_round,
         "users": len(device.sequences),
         "items": device.catalogue.items,
-        "users_tested": int(np.isfinite(full).sum()),
+        "users_tested": users_tested,
         "test": test,
         "baselines": {name: figures(baseline) for name, baseline in ranks.items()},
         "seconds": seconds,
@@ -108,7 +114,13 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         "bytes_up_per_client": _ratio(sum(r.get("bytes_up_per_client", 0) for r in trained), len(trained)),
         "bytes_down_per_client": outcome.bytes_down,
         "phases": _phases(trained),
+        "privacy": outcome.card,
     }
+
+
+def told_as_is(experiment: Experiment) -> bool:
+    """Whether ranks and raw events may be looked at beside what a privacy mode releases."""
+    return experiment.privacy.kind == "none" or experiment.evaluation.privacy == "unaccounted"
 
 
 def _phases(trained: list[dict[str, Any]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from math import sqrt
 from typing import Any
 
 from common.config import Experiment
-from common.privacy.plan import Terms, settle
+from common.privacy.plan import Terms, rankings, settle, trainees
 from common.privacy.schema import UserLevel
 
 NOISY = 2.0
@@ -66,6 +66,11 @@ def card(experiment: Experiment, users: int, parameters: int, updates: int, rank
         "clipped_share": None,
         "hypothetical": hypothetical if privacy.population else None,
     }
+
+
+def planned(experiment: Experiment, users: int, parameters: int) -> dict[str, Any]:
+    """The card that a run of so many users will end with, before anything is trained."""
+    return card(experiment, trainees(experiment, users), parameters, experiment.federation.rounds, rankings(experiment))
 
 
 def noise_over_clip(terms: Terms, parameters: int) -> float:

@@ -86,6 +86,13 @@ def settle(experiment: Experiment, users: int) -> Terms:
     return terms(calibrate(privacy.target_epsilon or 0.0, lambda z: terms(z).cost(*planned)))
 
 
+def trainees(experiment: Experiment, users: int) -> int:
+    """Users who may train: all but the public ones, where there are such."""
+    evaluation = experiment.evaluation
+    held_out = isinstance(experiment.privacy, UserLevel) and evaluation.privacy == "public-holdout"
+    return users - max(1, round(evaluation.holdout * users)) if held_out else users
+
+
 def rankings(experiment: Experiment) -> int:
     """Validations and the test of a whole run."""
     return -(-experiment.federation.rounds // experiment.evaluation.every) + 1

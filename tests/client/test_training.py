@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from client import batches, problem
+from client import batches, problem, step
 from common.config import FederationConfig, LocalConfig
 from common.models.weights import Weights, named
 from common.seeding import uniform_integers
