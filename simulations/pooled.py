@@ -18,7 +18,7 @@ from common.data.sequences import Split
 from common.errors import UsageError
 from common.metrics import point
 from common.models.shapes import ITEM_TABLE
-from common.models.weights import Weights
+from common.models.weights import Weights, body_shapes
 from server.rounds import SELECT
 from server.sampling import cohort
 from simulations import centralised
@@ -58,7 +58,7 @@ def train(experiment: Experiment, report: Callable[[str], None] = lambda text: N
 
     def quality(split: Split) -> dict[str, float]:
         parts = model.named()
-        body = torch.cat([part.flatten() for name, part in parts.items() if name != ITEM_TABLE])
+        body = torch.cat([parts[name].flatten() for name in body_shapes(experiment.model)])
         return point(rank(experiment, Weights(parts[ITEM_TABLE], body), sequences, everybody, split).full, [10])
 
     step, stale, best_step, best_value, best = 0, 0, 0, -1.0, model.state_dict()

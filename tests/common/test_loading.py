@@ -18,7 +18,7 @@ from common.wording import json_schema
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = "name: tiny\ndata: {kind: synthetic}\n"
 NAME = "must be text matching ^[a-z0-9][a-z0-9._-]{0,63}$"
-KNOWN = "known are name, seed, data, model, loss, federation, evaluation, runtime"
+KNOWN = "known are name, seed, data, model, loss, federation, privacy, evaluation, runtime"
 OPTIMIZERS = "fedadagrad, fedadam, fedavg or fedavgm"
 SOURCES = "movielens, pairs, recbole, sequences, synthetic or table"
 

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from client.device import Device
 from common.data.prepare import prepare
 from common.data.sequences import Sequences
-from server import strategy
+from server import curator
 from server.rounds import serve
 from simulations.grid import FIRST_NODE, InProcessGrid
 from tests.support import world
@@ -113,13 +113,13 @@ PEEKS = {
 def test_a_peek_would_be_caught(watched, how, monkeypatch):
     """Planted into the sampling of a round."""
     experiment, folder, _ = watched
-    original = strategy.cohort
+    original = curator.cohort
 
     def curious(*arguments):
         PEEKS[how](folder)
         return original(*arguments)
 
-    monkeypatch.setattr(strategy, "cohort", curious)
+    monkeypatch.setattr(curator, "cohort", curious)
     with pytest.raises(PeekError):
         serve(Elsewhere(experiment, folder, 12), experiment, None, lambda line: None)
 

@@ -85,7 +85,7 @@ def scripted(monkeypatch):
 
     def script(*values):
         found = iter(values)
-        monkeypatch.setattr(FederatedRanking, "quality", lambda self, ranks: {rounds.SELECT: next(found)})
+        monkeypatch.setattr(FederatedRanking, "quality", lambda self, ranks, round_: {rounds.SELECT: next(found, 0.0)})
 
     return script
 
@@ -322,7 +322,7 @@ def test_a_checkpoint_of_another_experiment_or_catalogue(tmp_path):
 
 def test_files_of_a_run(tmp_path):
     outcome, _ = run(setup(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT_FILE, "metrics.jsonl", MODEL_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT_FILE, "metrics.jsonl", MODEL_FILE, "privacy.json"]
     assert world.same(load_model(tmp_path / MODEL_FILE, setup(), ITEMS), outcome.weights)
 
 

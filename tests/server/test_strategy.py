@@ -118,16 +118,16 @@ def test_an_impossible_sampled_rank_does_not_end_the_run(value):
     ranks = strategy.ranks([rank_reply(0, rank=2.0, rank_sampled=value)])
     assert ranks[0][0] == 2
     assert np.isnan(ranks[1]).all()
-    assert np.isnan(strategy.quality(ranks)["hr@10|s5"])
+    assert np.isnan(strategy.quality(ranks, 1)["hr@10|s5"])
 
 
 def test_quality():
     strategy = made(evaluation={"cutoffs": (1, 3), "sampled": 5})
     full, sampled = np.array([1.0, 2.0, np.nan]), np.array([1.0, 1.0, np.nan])
-    figures = strategy.quality((full, sampled))
+    figures = strategy.quality((full, sampled), 1)
     assert figures == point(full, [1, 3, 10]) | {f"{k}|s5": v for k, v in point(sampled, [1, 3, 10]).items()}
     assert (figures["hr@1"], figures["hr@1|s5"]) == (0.5, 1)
-    assert "hr@10|s5" not in made().quality((full, sampled))
+    assert "hr@10|s5" not in made().quality((full, sampled), 1)
 
 
 def test_evaluation_without_ranks_says_nothing():

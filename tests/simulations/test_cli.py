@@ -147,6 +147,7 @@ def test_a_run_directory_holds_everything(trained):
         "model.safetensors",
         "checkpoint.safetensors",
         "result.json",
+        "privacy.json",
     }
     assert {path.name for path in (trained / "run").iterdir()} == names
     manifest = json.loads((trained / "run" / "manifest.json").read_text())

@@ -29,6 +29,7 @@ def result(test=0.5, popularity=0.25, ceiling=None, **more):
         "peak_rss_mb": 512.0,
         "bytes_up_per_client": 1500.0,
         "bytes_down_per_client": 2_345_678,
+        "privacy": {"epsilon": None},
     } | more
 
 
