@@ -141,7 +141,7 @@ CHANGES = [
     "model.dropout=0",
     "loss.kind=gbce",
     "federation.rounds=1",
-    "privacy.kind=user-level privacy.noise_multiplier=1 federation.sampling=poisson federation.weighting=uniform",
+    "privacy={kind: user-level, noise_multiplier: 1} and federation={sampling: poisson, weighting: uniform}",
     "federation.local.steps=1",
     "federation.local.lr=0.5",
     "federation.optimizer.kind=fedavg",
@@ -152,7 +152,7 @@ CHANGES = [
 
 
 def test_hash_changes_with_anything_else():
-    hashes = [experiment_hash(made(*change.split(" "))) for change in CHANGES] + [experiment_hash(made())]
+    hashes = [experiment_hash(made(*change.split(" and "))) for change in CHANGES] + [experiment_hash(made())]
     assert len(set(hashes)) == len(hashes)
 
 

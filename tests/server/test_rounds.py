@@ -322,7 +322,8 @@ def test_a_checkpoint_of_another_experiment_or_catalogue(tmp_path):
 
 def test_files_of_a_run(tmp_path):
     outcome, _ = run(setup(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT_FILE, "metrics.jsonl", MODEL_FILE, "privacy.json"]
+    names = [CHECKPOINT_FILE, "metrics.jsonl", MODEL_FILE, "privacy.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert world.same(load_model(tmp_path / MODEL_FILE, setup(), ITEMS), outcome.weights)
 
 
