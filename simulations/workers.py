@@ -5,12 +5,15 @@ number of workers changes nothing but the time. What crosses between processes i
 update is computed again where somebody asks for it.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -130,7 +133,16 @@ def _open(experiment: str, folder: str, weights: Weights) -> None:
     # Ctrl-C reaches the whole group; the main process alone decides when a round is over.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     _here()["worker"], _here()["weights"] = Worker(experiment, folder), weights
+
+
+def _end_with_parent() -> None:
+    """A killed main process cannot say good-bye, and its queues alone would keep the workers waiting for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @cache
