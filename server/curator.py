@@ -76,6 +76,15 @@ class Curator:
         """Whether losses, counts and ranks may be told as they are."""
         return True
 
+    def replayed(self, rounds: int) -> None:
+        """Check that what has been released before a resume is in the account.
+
+        Raises
+        ------
+        StateError
+            Where a round that was done is missing.
+        """
+
     def card(self, parameters: int) -> dict[str, Any]:
         """The privacy card of what has been released."""
         return card(self.experiment, self.population, parameters, 0, 0)
@@ -105,11 +114,10 @@ class PrivateCurator(Curator):
         self._noise = noise_source(self.privacy.rng, experiment.seed)
         self._affordable: dict[int, int] = {}
         self._clipped: list[float] = []
-        spent = {
-            (line.get("noise_multiplier"), line.get("rate")) for line in self.ledger.lines if line["what"] == UPDATE
-        }
-        if spent - {(self.terms.noise_multiplier, self.terms.rate)}:
-            raise StateError("the ledger holds releases of other terms; a run directory belongs to one experiment")
+        kinds = {UPDATE: self._update_terms(), RANKING: self._ranking_terms()}
+        for line in self.ledger.lines:
+            if any(line.get(name) != value for name, value in kinds[line["what"]].items()):
+                raise StateError("the ledger holds releases of other terms; a run directory belongs to one experiment")
 
     @cached_property
     def _public(self) -> Users:
@@ -160,9 +168,7 @@ class PrivateCurator(Curator):
         bound, mean_cohort = float(self.clip or 0), self.terms.rate * self.terms.users
         total = weighted_sum(replies, self._factors(replies, bound), weights)
         std = self.terms.noise_multiplier * self.terms.scale * bound
-        attempt = self.ledger.pay(
-            UPDATE, round_, noise_multiplier=self.terms.noise_multiplier, rate=self.terms.rate, clipping_norm=bound
-        )
+        attempt = self.ledger.pay(UPDATE, round_, **self._update_terms(), clipping_norm=bound)
         noised = add_noise(total, std, self._noise, "update-noise", round_, attempt)
         told: dict[str, Any] = {"clients": round(mean_cohort), "clipping_norm": bound}
         below = sum(reply.below for reply in replies)
@@ -177,12 +183,28 @@ class PrivateCurator(Curator):
                 self._clipped.append(told["clipped_share"])
         return mean_of(noised, mean_cohort), told
 
+    def _update_terms(self) -> dict[str, Any]:
+        """What the price of a round hangs on."""
+        terms = self.terms
+        return {
+            "sampler": "poisson",
+            "rate": terms.rate,
+            "cap": terms.cap,
+            "noise_multiplier": terms.noise_multiplier,
+            "count_noise": terms.count_noise,
+        }
+
+    def _ranking_terms(self) -> dict[str, Any]:
+        """What the price of a ranking hangs on."""
+        return {"std": self.experiment.evaluation.noise}
+
     def _factors(self, replies: list[Reply], bound: float) -> NDArray[np.float32]:
         """1 for updates that this process clipped itself; what came from elsewhere is clipped here."""
         factors = np.ones(len(replies), dtype=np.float32)
         for i, reply in enumerate(replies):
             if isinstance(reply.update, Explicit):
-                parts = (torch.from_numpy(part.reshape(1, -1)) for part in (reply.update.table, reply.update.body))
+                numbers = reply.update.table, reply.update.body
+                parts = (torch.from_numpy(part.reshape(1, -1)).double() for part in numbers)
                 factors[i] = clip_factors(norms(*parts), bound)[0]
         return factors
 
@@ -201,10 +223,18 @@ class PrivateCurator(Curator):
         """As in `Curator`; from one noised histogram, paid for, where metrics are."""
         if self.terms.metrics is None:
             return super().figures(ranks, asked, round_, cutoffs)
-        attempt = self.ledger.pay(RANKING, round_, std=self.experiment.evaluation.noise)
+        attempt = self.ledger.pay(RANKING, round_, **self._ranking_terms())
         std = self.experiment.evaluation.noise * self.terms.scale
         edges, counts = noised_histogram(ranks, max(cutoffs), self.items, std, self._noise, round_, attempt)
         return from_histogram(edges, counts, asked, cutoffs)
+
+    def replayed(self, rounds: int) -> None:
+        """As in `Curator`."""
+        paid = {line["round"] for line in self.ledger.lines if line["what"] == UPDATE}
+        if missing := set(range(1, rounds + 1)) - paid:
+            raise StateError(
+                f"the ledger does not hold round {min(missing)}, which the checkpoint knows; restore ledger.jsonl"
+            )
 
     @property
     def tells_all(self) -> bool:

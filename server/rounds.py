@@ -102,14 +102,22 @@ def serve(
     state = _start(experiment, roster, folder, resume)
     curator = curator_of(experiment, roster.population, roster.items, folder)
     curator.clip = state.clip or curator.clip
+    curator.replayed(state.round)
     strategy = FederatedRanking(experiment, roster, state.weights, curator)
     strategy.optimizer.load(state.optimizer)
     record = journal(folder, observe, state.round)
     last, every = experiment.federation.rounds, experiment.evaluation.every
+
+    def keep() -> None:
+        if folder:
+            kept = replace(state, optimizer=strategy.optimizer.state())
+            checkpoint.save(folder / CHECKPOINT_FILE, kept, experiment)
+
     spent = False
     while state.round < last and not _worn_out(experiment, state):
         spent = not curator.affords(UPDATE)
         if spent:
+            keep()
             break
         state.round += 1
         record(train_round(grid, strategy, state.round))
@@ -118,9 +126,8 @@ def serve(
             record(_validate(grid, strategy, state))
         stop = stopping()
         due = state.round % experiment.runtime.checkpoint_every == 0
-        if folder and (stop or due or state.round == last or _worn_out(experiment, state)):
-            kept = replace(state, optimizer=strategy.optimizer.state())
-            checkpoint.save(folder / CHECKPOINT_FILE, kept, experiment)
+        if stop or due or state.round == last or _worn_out(experiment, state):
+            keep()
         if stop and state.round < last:
             raise Interrupted(f"stopped after round {state.round} of {last}")
     chosen = state.weights if state.best is None else state.best

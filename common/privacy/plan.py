@@ -1,5 +1,6 @@
 """What a run releases and what that costs: shared by the forecast, which knows the plan, and by the run itself."""
 
+from math import ceil
 from typing import NamedTuple
 
 from common.config import Experiment
@@ -27,6 +28,8 @@ class Terms(NamedTuple):
     """One ranking's release; none where metrics are not paid for."""
     population: int
     """Users that the account is for: N, or a hypothetical number."""
+    cap: int | None
+    """Most users of a real round."""
 
     @property
     def scale(self) -> float:
@@ -36,8 +39,8 @@ class Terms(NamedTuple):
     @property
     def actual(self) -> Event:
         """One round's release as the users there really are must see it."""
-        users = self.users if self.update.cap else None
-        return self.update._replace(noise_multiplier=self.update.noise_multiplier * self.scale, users=users)
+        real = self.update._replace(noise_multiplier=self.update.noise_multiplier * self.scale)
+        return real if self.cap is None else real._replace(users=self.users, cap=self.cap)
 
     def cost(self, updates: int, rankings: int) -> float:
         """ε of so many rounds and rankings, for the population that the account is for."""
@@ -75,10 +78,13 @@ def settle(experiment: Experiment, users: int) -> Terms:
     paid = Event(evaluation.noise) if evaluation.privacy == "noised" else None
     counts = (privacy.adaptive.noise or federation.cohort / 20) if privacy.adaptive else None
 
+    # A hypothetical round is as much larger as its population, and so is what it is cut at.
+    cap = None if privacy.cap is None else ceil(privacy.cap * population / users)
+
     def terms(z: float) -> Terms:
         seen = z if counts is None else _together(z, 2 * counts)
-        update = Event(seen, rate, population if privacy.cap else None, privacy.cap)
-        return Terms(users, rate, z, counts, delta, update, paid, population)
+        update = Event(seen, rate, population if cap else None, cap)
+        return Terms(users, rate, z, counts, delta, update, paid, population, privacy.cap)
 
     if privacy.noise_multiplier is not None:
         return terms(privacy.noise_multiplier)

@@ -141,7 +141,9 @@ def audit(z, k=1000, seed=0, way="curator"):
 
     def left_over(round_, members):
         """The release without what the members should have given."""
-        updates = [(user, raw[user, : shape.numel()].reshape(shape), raw[user, shape.numel() :]) for user in members]
+        updates = [
+            (user, raw[user, : shape.numel()].reshape(shape), raw[user, shape.numel() :]) for user in members.tolist()
+        ]
         given = np.zeros(k, dtype=np.float32)
         given[members] = BOUND / norms[members]
         return release(round_, updates) - given @ raw

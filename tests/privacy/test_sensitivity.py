@@ -218,7 +218,6 @@ def test_any_cohort_of_strangers_keeps_the_bound(cohort, data):
 SPIKE = {"constant": (0.1, 0.1), "a few large ones": (1.0, 2e-4)}
 
 
-@pytest.mark.xfail(strict=True, reason="server/curator.py::_factors measures a whole table in single precision")
 @pytest.mark.parametrize("numbers", SPIKE)
 def test_the_server_measures_large_updates_well_enough(numbers):
     items = 3000
