@@ -97,8 +97,8 @@ def calibrate(target: float, cost: Callable[[float], float]) -> float:
     """
     low, high = 0.0, 1.0
     while cost(high) > target:
-        low, high = high, 2 * high
-        if high > LARGEST_NOISE:
+        low, high = high, min(2 * high, LARGEST_NOISE)
+        if low == LARGEST_NOISE:
             raise UsageError(
                 f"privacy.target_epsilon={target:g}: no noise reaches it; evaluate less often or with more "
                 "evaluation.noise, or allow a larger ε"

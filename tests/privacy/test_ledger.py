@@ -109,8 +109,11 @@ def test_the_line_is_on_the_disk_before_the_weights_change(order, tmp_path):
         "what": UPDATE,
         "round": 1,
         "attempt": 0,
-        "noise_multiplier": 4.0,
+        "sampler": "poisson",
         "rate": 4 / USERS,
+        "cap": None,
+        "noise_multiplier": 4.0,
+        "count_noise": None,
         "clipping_norm": 1.0,
     }
 
