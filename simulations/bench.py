@@ -25,6 +25,7 @@ from common.data.prepare import prepare
 from common.data.sequences import Ints
 from common.errors import UsageError
 from common.models.weights import initialise, named
+from common.privacy.schema import UserLevel
 from server.roster import Roster
 from server.rounds import train_round
 from server.sampling import cohort
@@ -33,7 +34,8 @@ from simulations import centralised
 from simulations.centralised import SASRec
 from simulations.engines import play
 
-ENGINES = ("vectorized", "sequential", "naive", "ray", "centralised")
+ENGINES = ("vectorized", "sequential", "naive", "ray", "centralised", "user-level")
+"""`user-level` is `vectorized` with user-level differential privacy."""
 ROUNDS, FEW_ROUNDS, PATIENCE = 24, 4, 5.0
 """Timed rounds of a sample, after one to warm up; so few where they take more than so many seconds together."""
 RAY_USERS = 10_000
@@ -141,8 +143,12 @@ def _sample(told: str, engine: str, workers: int) -> Sample:
     if engine == "ray":
         users = min(RAY_USERS, experiment.data.users)  # type: ignore[union-attr]
         experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"users": users})})
+    if engine == "user-level":
+        federation = experiment.federation.model_copy(update={"sampling": "poisson", "weighting": "uniform"})
+        privacy = UserLevel(kind="user-level", noise_multiplier=1.0, rng="reproducible")
+        experiment = experiment.model_copy(update={"federation": federation, "privacy": privacy})
     kind = engine if engine in {"sequential", "ray"} else "vectorized"
-    place = {"engine": kind, "workers": workers if engine == "vectorized" else 0}
+    place = {"engine": kind, "workers": workers if engine in {"vectorized", "user-level"} else 0}
     runtime = experiment.runtime.model_copy(update=place)
     device = Device.open(experiment.model_copy(update={"runtime": runtime}), prepare(experiment.data))
     if engine in {"naive", "centralised"}:
@@ -161,7 +167,13 @@ def _federated(device: Device) -> Sample:
     seconds = statistics.median(line["seconds"] for line in lines)
     training = statistics.median(line["phases"].get("training", 0.0) for line in lines)
     overhead = 1 - training / seconds if training else None  # under Ray it is timed elsewhere
-    return Sample(seconds, overhead, _peak_mb(), statistics.mean(line["bytes_up_per_client"] for line in lines))
+    return Sample(seconds, overhead, _peak_mb(), _bytes_up(lines))
+
+
+def _bytes_up(lines: list[dict[str, Any]]) -> float | None:
+    """Mean over rounds; none where a privacy mode does not tell it."""
+    told = [line["bytes_up_per_client"] for line in lines if "bytes_up_per_client" in line]
+    return statistics.mean(told) if told else None
 
 
 def _timed(play_round: Callable[[int], T]) -> Iterator[T]:

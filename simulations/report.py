@@ -85,8 +85,10 @@ def _facts(result: dict[str, Any]) -> Table:
         "rounds": f"{result['rounds']:,}; validation chose round {result['best_round']:,}",
         "speed": f"{result['seconds']:,.0f} s, {result['clients_per_second']:,.0f} clients/s, "
         f"{result['peak_rss_mb']:,.0f} MB of memory at most",
-        "traffic": f"a client received {_size(result['bytes_down_per_client'])} and sent "
-        f"{_size(result['bytes_up_per_client'])} a round",
+        "traffic": f"a client received {_size(result['bytes_down_per_client'])}"
+        + (
+            f" and sent {_size(result['bytes_up_per_client'])} a round" if result["bytes_up_per_client"] else " a round"
+        ),
         "files": result["run_dir"],
         "next": f"hushrec recommend --run {shlex.quote(result['run_dir'])} --user ID",
     }
