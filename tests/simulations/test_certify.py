@@ -16,6 +16,7 @@ from common.errors import UsageError
 from common.loading import parse
 from common.models.weights import Weights
 from common.wire import UPDATE
+from server import curator as curators
 from server import strategy as strategies
 from server.sampling import cohort
 from simulations import centralised, certify, cli
@@ -141,7 +142,13 @@ def test_parity_mode_changes_the_federation_only():
     overrides = [f"federation.optimizer={optimizer}", f"federation.local={local}", "federation.weighting=uniform"]
     experiment = parse(TEXT, overrides=[*overrides, "evaluation.patience=1", "evaluation.users=3"])
     parity = parity_mode(experiment)
-    assert parity.federation.local == parse(TEXT).federation.local.model_copy(update={"steps": 1, "lr": 1.0})
+    assert parity.federation.local.model_dump() == {
+        "steps": 1,
+        "epochs": None,
+        "lr": 1.0,
+        "prox": 0.0,
+        "window": "random",
+    }
     assert parity.federation.optimizer == experiment.federation.optimizer, "an Adam keeps its settings"
     assert (parity.federation.rounds, parity.federation.weighting) == (ROUNDS, "events")
     assert (parity.evaluation.every, parity.evaluation.patience, parity.evaluation.users) == (ROUNDS, None, None)
@@ -166,7 +173,7 @@ def test_a_loss_that_the_other_side_does_not_know_is_refused(kind, called):
 
 def unweighted(monkeypatch):
     """Every update counts the same."""
-    for module in (strategies, certify):
+    for module in (curators, certify):
         monkeypatch.setattr(module, "weigh", lambda replies, config: np.ones(len(replies), dtype=np.float32))
 
 
@@ -195,7 +202,7 @@ def forgetful(monkeypatch):
 
 def halved(monkeypatch):
     """The server makes half a step."""
-    monkeypatch.setattr(strategies, "mean_of", lambda total, weight: Weights(*(part / weight / 2 for part in total)))
+    monkeypatch.setattr(curators, "mean_of", lambda total, weight: Weights(*(part / weight / 2 for part in total)))
 
 
 def half_sent(monkeypatch):

@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord
 
 from client import training
 from common.models.weights import Weights, initialise, named
+from server import curator as curators
 from server import strategy as strategies
 from server.rounds import serve
 from server.sampling import cohort
@@ -99,11 +100,11 @@ def test_adam_of_the_smallest_eps_does_not_drift(loss):
 
 
 def uniform(monkeypatch):
-    monkeypatch.setattr(strategies, "weigh", lambda replies, config: np.ones(len(replies), dtype=np.float32))
+    monkeypatch.setattr(curators, "weigh", lambda replies, config: np.ones(len(replies), dtype=np.float32))
 
 
 def undivided(monkeypatch):
-    monkeypatch.setattr(strategies, "mean_of", lambda total, weight: total)
+    monkeypatch.setattr(curators, "mean_of", lambda total, weight: total)
 
 
 def stale(monkeypatch):
@@ -127,7 +128,7 @@ def forgetful(monkeypatch):
 
 def unlucky(monkeypatch):
     """One user of each cohort is lost."""
-    monkeypatch.setattr(strategies, "cohort", lambda *arguments: cohort(*arguments)[1:])
+    monkeypatch.setattr(curators, "cohort", lambda *arguments: cohort(*arguments)[1:])
 
 
 def narrow(monkeypatch):
@@ -137,7 +138,7 @@ def narrow(monkeypatch):
 
 
 def backwards(monkeypatch):
-    monkeypatch.setattr(strategies, "mean_of", lambda total, weight: Weights(*(-part / weight for part in total)))
+    monkeypatch.setattr(curators, "mean_of", lambda total, weight: Weights(*(-part / weight for part in total)))
 
 
 BUGS = [uniform, undivided, stale, unlucky, narrow, backwards]
