@@ -126,6 +126,9 @@ class ProcessPool:
 
     def close(self) -> None:
         """As in `Pool`."""
+        if self._executor._broken:  # its executor only asks the others to end, with a signal that they do not hear
+            for process in list((self._executor._processes or {}).values()):
+                process.kill()
         self._executor.shutdown(cancel_futures=True)
 
 

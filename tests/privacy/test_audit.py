@@ -181,7 +181,7 @@ def audit(z, k=1000, seed=0, way="curator"):
 
 
 @pytest.mark.parametrize("z", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("seed", "way"), [(0, "curator"), (1, "curator"), (1, "strategy")])
+@pytest.mark.parametrize(("seed", "way"), [(0, "curator"), (1, "strategy")])
 def test_the_audit_finds_what_the_accountant_says(z, seed, way):
     found = audit(z, seed=seed, way=way)
     assert found.faults() == set(), found

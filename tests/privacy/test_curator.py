@@ -240,11 +240,11 @@ def test_paid_figures_are_those_of_the_ranks_but_for_the_noise():
 def test_the_noise_on_figures_has_the_promised_scale(rng):
     experiment = private.experiment(privacy={"rng": rng}, evaluation={"privacy": "noised", "noise": 7.0})
     made = private.curator(experiment, 8)
-    hits = np.array([made.figures(RANKS, 8, round_, [10])["hr@10"] for round_ in range(1, 801)])
+    hits = np.array([made.figures(RANKS, 8, round_, [10])["hr@10"] for round_ in range(1, 1601)])
     noise = hits * 8 - 6
     assert private.fits(noise, 7.0 * math.sqrt(10)) > 1e-6
     assert private.fits(noise, 7.0 * math.sqrt(10) / 1.5) < 1e-6
-    assert made.ledger.count(RANKING) == 800
+    assert made.ledger.count(RANKING) == 1600
 
 
 def test_unaccounted_figures_are_plain_and_cost_nothing():
