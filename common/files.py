@@ -146,6 +146,8 @@ def append_line(path: Path, text: str, *, sync: bool = False, error: type[Hushre
                 line = line[file.write(line) :]
             if sync:
                 os.fsync(file.fileno())
+                if not before:  # of a new file in a folder that was not flushed a power cut may leave nothing
+                    _flush(path.parent)
         except BaseException:
             with suppress(OSError):
                 os.ftruncate(file.fileno(), before)

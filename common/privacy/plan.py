@@ -44,14 +44,15 @@ class Terms(NamedTuple):
 
     def cost(self, updates: int, rankings: int) -> float:
         """ε of so many rounds and rankings, for the population that the account is for."""
-        return account(self._events(self.update, updates, rankings), self.delta)
+        return account(self._events(self.update, self.metrics, updates, rankings), self.delta)
 
     def actual_cost(self, updates: int, rankings: int) -> float:
-        """The same for the users there really are."""
-        return account(self._events(self.actual, updates, rankings), self.delta)
+        """The same for the users there really are: all noise, that on metrics too, is as much less for them."""
+        metrics = self.metrics and self.metrics._replace(noise_multiplier=self.metrics.noise_multiplier * self.scale)
+        return account(self._events(self.actual, metrics, updates, rankings), self.delta)
 
-    def _events(self, update: Event, updates: int, rankings: int) -> list[tuple[Event, int]]:
-        return [(update, updates)] + ([(self.metrics, rankings)] if self.metrics else [])
+    def _events(self, update: Event, metrics: Event | None, updates: int, rankings: int) -> list[tuple[Event, int]]:
+        return [(update, updates)] + ([(metrics, rankings)] if metrics else [])
 
 
 def settle(experiment: Experiment, users: int) -> Terms:

@@ -239,6 +239,16 @@ def test_a_hypothetical_population_is_told_apart_and_the_real_one_pays_more():
     assert terms.actual_cost(10, 0) == account([(Event(4.0, 0.005), 10)], terms.delta)
 
 
+def test_the_real_users_pay_for_metrics_that_are_noised_for_a_hypothetical_population():
+    """The curator scales the noise on the histogram, too; what is left of it is what the real users have."""
+    experiment = private.experiment(
+        privacy={"noise_multiplier": 40.0, "population": 10_000}, evaluation={"privacy": "noised", "noise": 50.0}
+    )
+    terms = settle(experiment, 1000)
+    assert terms.cost(0, 3) == account([(Event(50.0), 3)], terms.delta)
+    assert terms.actual_cost(0, 3) == account([(Event(5.0), 3)], terms.delta)
+
+
 def test_a_card_names_both_costs():
     experiment = private.experiment(privacy={"noise_multiplier": 40.0, "population": 1000})
     curator = private.curator(experiment, 100)
@@ -264,6 +274,7 @@ def test_a_hypothetical_population_has_a_cap_of_its_size():
         for cap in ({"cap": 55}, {})
     )
     assert capped.cost(20, 0) == pytest.approx(free.cost(20, 0), rel=1e-3)
+    assert capped.actual == Event(8.0 / 40, COHORT / USERS, USERS, 55)
 
 
 # --- adaptive clipping -----------------------------------------------------------------------------------------------

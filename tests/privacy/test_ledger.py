@@ -164,6 +164,19 @@ def test_a_line_that_is_cut_off_by_a_full_disk_is_taken_out_again(monkeypatch, t
     assert [line["round"] for line in lines(tmp_path)] == [1, 2]
 
 
+def test_a_new_ledger_is_in_its_folder_before_anything_is_released(monkeypatch, tmp_path):
+    """Of a flushed file in a folder that was not, a power cut may leave nothing."""
+    flushed, fsync = set(), os.fsync
+
+    def note(descriptor):
+        fsync(descriptor)
+        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", note)
+    Ledger(tmp_path).pay(UPDATE, 1)
+    assert flushed == {str(tmp_path / LEDGER_FILE), str(tmp_path)}
+
+
 # --- a whole run, and its replay -------------------------------------------------------------------------------------
 
 
@@ -387,6 +400,18 @@ def test_metrics_draw_on_the_same_budget(share, tmp_path):
     count = Ledger(tmp_path).count
     assert card["epsilon"] == cost(count(UPDATE), count(RANKING), **sections) <= budget
     assert cost(count(UPDATE) + 1, count(RANKING) + 1, **sections) > budget  # not thrifty either
+
+
+@pytest.mark.parametrize("rounds", [2, 5])
+def test_a_ranking_that_is_too_dear_is_left_out(rounds, tmp_path):
+    """Two rounds and one ranking are to be had, neither the second ranking nor the third round nor the test."""
+    sections = {"every": 1, "evaluation": {"privacy": "noised", "noise": 8.0}}
+    budget = (cost(2, 1, **sections) + min(cost(2, 2, **sections), cost(3, 1, **sections))) / 2
+    with pytest.raises(BudgetSpent, match=f"spent after round 2 of {rounds}"):
+        run(setup(rounds, privacy={"budget": {"epsilon": budget}}, **sections), tmp_path)
+    assert [(line["what"], line["round"]) for line in lines(tmp_path)] == [(UPDATE, 1), (RANKING, 1), (UPDATE, 2)]
+    card = json.loads((tmp_path / CARD_FILE).read_text())
+    assert card["epsilon"] == cost(2, 1, **sections) <= budget
 
 
 def test_a_target_is_a_budget_too(tmp_path):
