@@ -3,14 +3,26 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecordValues
 
 from client.device import Device
 from client.training import Updates
 from common.data.sequences import Split
 from common.models.weights import Weights
 from common.timing import each
-from common.wire import METRICS, MODEL, REFUSED, ROUND, UPDATE, pending_update, record, unpack
+from common.wire import (
+    METRICS,
+    MODEL,
+    NO_METRICS,
+    NO_RECORDS,
+    REFUSED,
+    ROUND,
+    UPDATE,
+    assembled,
+    pending_update,
+    record,
+    unpack,
+)
 
 Handler = Callable[[Sequence[Message], Sequence[int], Device], list[Message]]
 
@@ -119,11 +131,11 @@ def _update_reply(message: Message, updates: Updates, i: int, weights: Weights, 
     if bound is not None:
         facts["below"] = int(updates.norms[i] <= bound)
     update = pending_update(updates, i, tuple(weights.body.shape), weights.table.shape[1])
-    return Message(RecordDict({UPDATE: update, METRICS: MetricRecord({**facts})}), reply_to=message)
+    return Message(assembled(NO_RECORDS, {UPDATE: update, METRICS: assembled(NO_METRICS, facts)}), reply_to=message)
 
 
 def _metrics_reply(message: Message, values: Mapping[str, MetricRecordValues]) -> Message:
-    return Message(RecordDict({METRICS: MetricRecord({**values})}), reply_to=message)
+    return Message(assembled(NO_RECORDS, {METRICS: assembled(NO_METRICS, values)}), reply_to=message)
 
 
 def _refusal(message: Message, reason: str) -> Message:

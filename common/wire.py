@@ -10,7 +10,7 @@
 | from query | `METRICS` metrics | `user`, `items` |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from math import prod
 from typing import Protocol, TypeVar
@@ -109,6 +109,28 @@ class LazyArray(Array):
 LazyArray.__qualname__ = "Array"  # Flower writes the class's name into what it sends, and looks it up on arrival
 
 
+Q = TypeVar("Q", ArrayRecord, MetricRecord, RecordDict)
+
+
+def assembled(empty: Q, entries: Mapping[str, object]) -> Q:
+    """A Flower record of entries of our own making, without the check of each, which takes 6 to 14 µs a record.
+
+    Parameters
+    ----------
+    empty : record
+        One of the kind that is wanted; left as it is.
+    entries : mapping
+        Its entries, of the types that the kind allows.
+    """
+    record = empty.copy()
+    record.__dict__["_data"] = dict(entries)
+    return record
+
+
+NO_ARRAYS, NO_METRICS, NO_RECORDS = ArrayRecord(), MetricRecord(), RecordDict()
+"""What `assembled` starts from."""
+
+
 def arrays(**values: NDArray[np.generic]) -> ArrayRecord:
     """A Flower record of named arrays that share memory with the arguments."""
     record = ArrayRecord()
@@ -131,7 +153,7 @@ def pending_update(updates: Pending, i: int, body: tuple[int, ...], dim: int) ->
     dim : int
         Width of the table.
     """
-    record, count = ArrayRecord(), int(updates.counts[i])
+    count = int(updates.counts[i])
 
     def table() -> NDArray[np.float32]:
         values: NDArray[np.float32] = updates.one(i).table.numpy()
@@ -141,11 +163,10 @@ def pending_update(updates: Pending, i: int, body: tuple[int, ...], dim: int) ->
         values: NDArray[np.float32] = updates.one(i).body.numpy()
         return values
 
-    if not updates.whole:
-        record["rows"] = LazyArray(lambda: updates.rows(i), (count,), "int32", (updates, i))
-    record["table"] = LazyArray(table, (count, dim), "float32", (updates, i))
-    record["body"] = LazyArray(rest, body, "float32", (updates, i))
-    return record
+    waiting = {} if updates.whole else {"rows": LazyArray(lambda: updates.rows(i), (count,), "int32", (updates, i))}
+    waiting["table"] = LazyArray(table, (count, dim), "float32", (updates, i))
+    waiting["body"] = LazyArray(rest, body, "float32", (updates, i))
+    return assembled(NO_ARRAYS, waiting)
 
 
 def pending_of(record: ArrayRecord) -> tuple[Pending, int] | None:
