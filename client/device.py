@@ -1,7 +1,7 @@
 """What a client process holds: the experiment, and the histories of the users whose device it plays."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from flwr.app import Context
 
+from client.accounts import Accounts
+from client.cohort import train
 from client.evaluation import Ranking, rank
-from client.training import train
 from common.config import Experiment, experiment_hash
 from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
 from common.data.sequences import Sequences
 from common.errors import UsageError
+from common.privacy.schema import on_device
 from common.run_config import experiment_of
 
 PARTITION = "partition-id"
@@ -36,6 +38,8 @@ class Device:
     """What trains a cohort; a simulation may put worker processes here."""
     ranker: Callable[..., Ranking] = rank
     """What ranks a cohort's held-out items."""
+    accounts: Accounts = field(default_factory=Accounts)
+    """How often each user has taken part, where devices protect their users themselves."""
 
     @property
     def fingerprint(self) -> str:
@@ -49,15 +53,16 @@ class Device:
         return set(cohort[rows[(items < 0) | (items >= self.catalogue.items)]].tolist())
 
     @classmethod
-    def open(cls, experiment: Experiment, folder: Path) -> "Device":
-        """Open a prepared data set for an experiment.
+    def open(cls, experiment: Experiment, folder: Path, accounts: Path | None = None) -> "Device":
+        """Open a prepared data set for an experiment; accounts, if any, in a file of their own.
 
         Raises
         ------
         DataError
             Where the folder is missing or damaged.
         """
-        return cls(experiment, Sequences.open(folder), Catalogue.open(folder))
+        kept = Accounts(accounts) if on_device(experiment.privacy) else Accounts()
+        return cls(experiment, Sequences.open(folder), Catalogue.open(folder), accounts=kept)
 
     @classmethod
     def of(cls, context: Context) -> "Device":

@@ -1,14 +1,18 @@
 """Messages in, replies out, for any number of users at once; the one place where client code meets Flower."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecordValues
 
 from client.device import Device
+from client.noised import Noised
 from client.training import Updates
 from common.data.sequences import Split
 from common.models.weights import Weights
+from common.privacy.devices import settle
+from common.privacy.schema import on_device
 from common.timing import each
 from common.wire import (
     METRICS,
@@ -46,18 +50,32 @@ def handle_train(messages: Sequence[Message], users: Sequence[int], device: Devi
         trouble is its own.
     """
     asked, replies = _admit(messages, users, device)
+    private = on_device(device.experiment.privacy)
+    if private:
+        device.accounts.refresh()
+        for i in asked:
+            if device.accounts.taken(users[i]) >= (private.participations or inf):
+                replies[i] = _refusal(messages[i], f"took part {private.participations} times, and that was all")
+        asked = [i for i in asked if replies[i] is None]
     if asked:
         first = messages[asked[0]].content
         weights = unpack(record(first, MODEL, ArrayRecord))
         told = record(first, ROUND, ConfigRecord)
         round_, clip = int(str(told["round"])), told.get("clip")
-        bound = None if clip is None else float(str(clip))
         place = {users[i]: i for i in asked}
         cohort = np.array(list(place), dtype=np.int64)
-        trained = device.trainer(device.experiment, weights, device.sequences, cohort, round_, bound)
+        if private:  # before anything can leave
+            device.accounts.pay(cohort.tolist(), round_, settle(device.experiment).told)
+        trained = device.trainer(
+            device.experiment, weights, device.sequences, cohort, round_, None if clip is None else float(str(clip))
+        )
         for updates in each("training", trained):
+            told_by_user = {name: values.tolist() for name, values in updates.facts.items()}
             for i, user in enumerate(updates.users.tolist()):
-                replies[place[user]] = _update_reply(messages[place[user]], updates, i, weights, bound)
+                facts = {"user": user, **{name: values[i] for name, values in told_by_user.items()}}
+                if private:
+                    facts["participations"] = device.accounts.taken(user)
+                replies[place[user]] = _update_reply(messages[place[user]], updates, i, weights, facts)
     return _complete(messages, replies)
 
 
@@ -124,12 +142,11 @@ def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) ->
     ]
 
 
-def _update_reply(message: Message, updates: Updates, i: int, weights: Weights, bound: float | None) -> Message:
+def _update_reply(
+    message: Message, updates: Updates | Noised, i: int, weights: Weights, facts: Mapping[str, MetricRecordValues]
+) -> Message:
     if not updates.sound[i]:
         return _refusal(message, "training diverged: numbers not finite or too large")
-    facts = {"user": int(updates.users[i]), "events": int(updates.events[i]), "loss": float(updates.losses[i])}
-    if bound is not None:
-        facts["below"] = int(updates.norms[i] <= bound)
     update = pending_update(updates, i, tuple(weights.body.shape), weights.table.shape[1])
     return Message(assembled(NO_RECORDS, {UPDATE: update, METRICS: assembled(NO_METRICS, facts)}), reply_to=message)
 

@@ -50,7 +50,12 @@ def shared_negatives(loss: LossConfig, seed: int, round_: int, catalogue: int) -
 
 
 def pose(
-    experiment: Experiment, sequences: Sequences, chunk: Windows, round_: int, catalogue: int
+    experiment: Experiment,
+    sequences: Sequences,
+    chunk: Windows,
+    round_: int,
+    catalogue: int,
+    known: tuple[Ints, Ints] | None = None,
 ) -> tuple[Problem, Problem]:
     """The shared and the stacked problem of a chunk.
 
@@ -66,6 +71,9 @@ def pose(
         With the seed, and for private negatives each user, the key of the negatives.
     catalogue : int
         Number of items.
+    known : tuple of ndarray, optional
+        Positions in the chunk, and items that are not negatives there, ``(K,)`` each; by default each user's training
+        items.
     """
     loss, (users, events, lengths) = experiment.loss, chunk
     c, s, w = events.shape[0], events.shape[1], events.shape[2] - 1
@@ -73,7 +81,10 @@ def pose(
         nothing = torch.zeros(1, 1, 1)
         whole = Problem(chunk, None, np.full(c, catalogue), torch.from_numpy(events), 0, None, catalogue, nothing)
         return whole, whole
-    trained, owner = sequences.events(users, sequences.stops(users, "train")[0])
+    if known is None:
+        trained, owner = sequences.events(users, sequences.stops(users, "train")[0])
+    else:
+        owner, trained = known
     real: NDArray[np.bool_] = np.arange(w + 1) < lengths[..., None]  # (C, S, W + 1)
     if loss.kind == "bce":
         negatives = np.zeros(0, dtype=np.int64)
@@ -84,15 +95,14 @@ def pose(
     else:
         negatives = shared_negatives(loss, experiment.seed, round_, catalogue)
         tiled = np.broadcast_to(negatives, (c, len(negatives)))
-        own = membership(owner, trained, tiled, catalogue).reshape(c, 1, -1)
+        own = membership(owner, trained, tiled, catalogue).reshape(c, 1, len(negatives))
         items = events
     touched = localise(items, real, negatives, catalogue)
     n = len(negatives)
     used = np.arange(touched.rows.shape[1]) < touched.counts[:, None]  # (C, R)
     others = np.unique(touched.rows[:, n:][used[:, n:]])  # no negatives among them: these have rows of their own
-    catalogue_index = np.take_along_axis(touched.rows, touched.local.reshape(c, -1), axis=1).reshape(
-        touched.local.shape
-    )
+    flat = touched.local.reshape(c, items.shape[1] * items.shape[2])
+    catalogue_index = np.take_along_axis(touched.rows, flat, axis=1).reshape(touched.local.shape)
     common = np.where(touched.local < n, touched.local, n + np.searchsorted(others, catalogue_index))
     rows = np.concatenate([negatives, others]) if n + len(others) else np.zeros(1, dtype=np.int64)  # padding needs one
     facts = chunk, touched.counts, n, catalogue, torch.from_numpy(np.where(own, -np.inf, 0).astype(np.float32))

@@ -1,5 +1,6 @@
 """Which item rows a user touches, and where each item stands among them: a device trains and sends only these."""
 
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ def localise(items: Ints, real: NDArray[np.bool_], negatives: Ints, catalogue: i
     LocalRows
     """
     users, shared = len(items), len(negatives)
-    flat, mask = items.reshape(users, -1), real.reshape(users, -1)
+    width = prod(items.shape[1:])
+    flat, mask = items.reshape(users, width), real.reshape(users, width)
     local = np.zeros_like(flat)
     position = positions_among(flat, negatives)
     local[position >= 0] = position[position >= 0]
@@ -50,7 +52,7 @@ def localise(items: Ints, real: NDArray[np.bool_], negatives: Ints, catalogue: i
     slot = shared + np.arange(len(keys)) - first[key_owner]
     local[own] = slot[inverse]
     counts = shared + np.bincount(key_owner, minlength=users)
-    rows = np.zeros((users, max(1, int(counts.max(initial=0)))), dtype=np.int64)
+    rows = np.zeros((users, max(1, int(counts.max(initial=shared)))), dtype=np.int64)
     rows[:, :shared] = negatives
     rows[key_owner, slot] = keys % catalogue
     return LocalRows(rows, counts, local.reshape(items.shape))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from client.problem import Problem
+from client.rows import Ints
 from common.config import Experiment
 from common.models.encoder import dropout_sites, encode
 from common.models.losses import Candidates, build_loss
@@ -45,11 +46,7 @@ def step_loss(
     model, (users, _, lengths) = experiment.model, problem.windows
     w = vectors.events.shape[1] - 1
     mask = torch.from_numpy(np.arange(1, w + 1) < lengths[:, step, None])  # (C, W)
-    masks = None
-    if model.dropout:
-        shape = (len(users), w, dropout_sites(model), model.dim)
-        bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, users, shape[1] * shape[2] * shape[3])
-        masks = torch.from_numpy(keep_mask(bits, model.dropout)).view(shape)
+    masks = dropout_masks(experiment, users, w, step, round_)
     hidden = encode(model, parameters, vectors.events[:, :-1], masks)  # (C, W, D)
     positive = (hidden * vectors.events[:, 1:]).sum(-1)  # (C, W)
     if vectors.private is not None:
@@ -64,6 +61,16 @@ def step_loss(
         negative = torch.baddbmm(problem.barred, hidden, vectors.scored.mT)
     loss = build_loss(experiment.loss, problem.catalogue)
     return loss(Candidates(positive, negative), problem.events[:, step, 1:], mask)
+
+
+def dropout_masks(experiment: Experiment, users: Ints, width: int, step: int, round_: int) -> Tensor | None:
+    """Scaled masks of one local step, each user's keyed by its own number, ``(C, W, sites, D)``; none without."""
+    model = experiment.model
+    if not model.dropout:
+        return None
+    shape = (len(users), width, dropout_sites(model), model.dim)
+    bits = uniform_bits(experiment.seed, f"dropout-{step}", round_, users, shape[1] * shape[2] * shape[3])
+    return torch.from_numpy(keep_mask(bits, model.dropout)).view(shape)
 
 
 def _gather(table: Tensor, index: Tensor) -> Tensor:

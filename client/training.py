@@ -8,7 +8,6 @@ weighted sum of their updates exactly, at the price of centralised training. Sin
 asked for.
 """
 
-from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,12 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.batches import chunks, windows
-from client.problem import Problem, pose
+from client.problem import Problem
 from client.rows import Ints
 from client.step import Vectors, read_vectors, step_loss
 from common.config import Experiment
-from common.data.sequences import Sequences
 from common.models.weights import Weights, body_shapes, named
 from common.privacy.mechanism import clip_factors, norms
 from common.wire import LARGEST
@@ -83,6 +80,12 @@ class Updates:
             return np.ones(len(self.users), dtype=bool)
         sound: NDArray[np.bool_] = np.isfinite(self.losses) & (self.norms <= LARGEST)  # NaN is not at most anything
         return sound
+
+    @property
+    def facts(self) -> dict[str, NDArray[np.generic]]:
+        """What each user says beside its update, ``(C,)`` each."""
+        said: dict[str, NDArray[np.generic]] = {"events": self.events, "loss": self.losses}
+        return said if self._clip is None else said | {"below": (self.norms <= self._clip).astype(np.int64)}
 
     @property
     def norms(self) -> NDArray[np.float64]:
@@ -172,32 +175,13 @@ class Updates:
 
     def _one_step(self) -> tuple["Stack", NDArray[np.float32]]:
         """Each user's own gradient at the shared weights."""
-        model, c, problem = self._experiment.model, len(self.users), self._own
         # What a user reads is gathered from the shared table; where its gradients belong is told apart afterwards.
         read = read_vectors(self._shared_rows(), self._shared, 0)
-        scored = None if read.scored is None else read.scored.expand(c, -1, -1)
-        leaves = [part.detach().requires_grad_() for part in (read.events, scored, read.private) if part is not None]
-        body = [part.detach().requires_grad_() for part in named(model, self._weights.body.expand(c, -1)).values()]
-        places = iter(leaves)
-        vectors = Vectors(*(None if part is None else next(places) for part in read))  # type: ignore[arg-type]
-        parameters = dict(zip(body_shapes(model), body, strict=True))
-        losses = step_loss(self._experiment, vectors, parameters, problem, 0, self._round)
-        gradients = list(torch.autograd.grad(losses.sum(), [*leaves, *body]))
-        of_read, of_body = gradients[: len(leaves)], gradients[len(leaves) :]
-        d, rows = (
-            self._weights.table.shape[1],
-            len(self._weights.table) if problem.rows is None else problem.rows.shape[1],
-        )
-        table = of_read[1] if scored is not None and rows == scored.shape[1] else torch.zeros(c, rows, d)
-        if scored is not None and table is not of_read[1]:
-            table[:, : problem.negatives] = of_read[1]
-        owner = torch.arange(c).unsqueeze(-1)
-        indices = [problem.events[:, 0]] + ([] if problem.private is None else [problem.private[:, 0]])
-        for index, gradient in zip(indices, (of_read[0], of_read[-1]), strict=False):
-            table.index_put_((owner, index), gradient, accumulate=True)
+        body = self._weights.body.expand(len(self.users), -1)
+        table, parts, losses = own_gradients(self._experiment, read, body, self._own, self._round)
         # The step itself, not a difference of weights, which would lose its last digits.
-        factors = torch.full((c,), -self._experiment.federation.local.lr)
-        return Stack(table, of_body, factors), losses.detach().numpy()
+        factors = torch.full((len(self.users),), -self._experiment.federation.local.lr)
+        return Stack(table, parts, factors), losses.numpy()
 
     def _several_steps(self) -> tuple["Stack", NDArray[np.float32]]:
         """Train a copy of the weights per user."""
@@ -240,66 +224,54 @@ class Stack(NamedTuple):
     """``(C,)`` float32."""
 
 
-def train(
-    experiment: Experiment,
-    weights: Weights,
-    sequences: Sequences,
-    users: Ints,
-    round_: int,
-    clip: float | None = None,
-) -> Iterator[Updates]:
-    """Train a cohort from the same global weights.
+def own_gradients(
+    experiment: Experiment, read: Vectors, body: Tensor, problem: Problem, round_: int, step: int = 0
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Each user's gradient of its own loss in one step, exact; nothing mixes users.
 
     Parameters
     ----------
     experiment : Experiment
-        Model, loss, local training, seed.
-    weights : Weights
-        The global weights, shared; left untouched.
-    sequences : Sequences
-        The histories; only those of `users` are read.
-    users : ndarray
-        ``(C,)`` int64, distinct.
+        Model, loss, seed.
+    read : Vectors
+        What the step reads of the users' tables.
+    body : Tensor
+        ``(C, P)``; an expanded one is not copied.
+    problem : Problem
+        Stacked.
     round_ : int
-        From 1; with the seed and each user, the key of all draws.
-    clip : float, optional
-        Bound on the L2 norm of each whole update.
+        With the seed and each user, the key of all draws.
+    step : int
+        Which of the problem's steps.
 
-    Yields
-    ------
-    Updates
-        Of one chunk of users; each user is in one chunk.
+    Returns
+    -------
+    table : (C, R, D)
+        Of the rows that each user touches.
+    parts : list of (C, …)
+        Of the body's parameters in their order.
+    losses : (C,)
+        Before the step.
     """
-    for chunk in plan(experiment, sequences, users, len(weights.table)):
-        yield train_chunk(experiment, weights, sequences, chunk, round_, clip)
-
-
-def plan(experiment: Experiment, sequences: Sequences, users: Ints, catalogue: int) -> list[Ints]:
-    """Users of each chunk that a cohort is trained in."""
-
-    def bytes_per_user(width: int, steps: int) -> int:
-        """An estimate: weights with gradients, activations, logits and masks, as stacked training needs them."""
-        model, loss = experiment.model, experiment.loss
-        scored = catalogue if loss.kind == "softmax" else getattr(loss, "negatives", 1)
-        rows = catalogue if loss.kind == "softmax" else scored + 2 * width * steps
-        body, activations = 12 * model.blocks * model.dim**2, width * model.dim * (12 + 2 * model.ffn) * model.blocks
-        return 4 * (3 * rows * model.dim + 3 * body + 2 * activations + 3 * width * scored)
-
-    return chunks(experiment, sequences, users, bytes_per_user)
-
-
-def train_chunk(
-    experiment: Experiment,
-    weights: Weights,
-    sequences: Sequences,
-    users: Ints,
-    round_: int,
-    clip: float | None = None,
-) -> Updates:
-    """Train one chunk of a plan; arguments as in `train`."""
-    catalogue = len(weights.table)
-    problems = pose(experiment, sequences, windows(experiment, sequences, users, round_), round_, catalogue)
-    return Updates(experiment, weights, problems, round_, clip)
+    model, c, d = experiment.model, len(body), read.events.shape[-1]
+    scored = read.scored if read.scored is None or read.scored.dim() == 3 else read.scored.expand(c, -1, -1)
+    leaves = [part.detach().requires_grad_() for part in (read.events, scored, read.private) if part is not None]
+    parts = [part.detach().requires_grad_() for part in named(model, body).values()]
+    places = iter(leaves)
+    vectors = Vectors(*(None if part is None else next(places) for part in read))  # type: ignore[arg-type]
+    parameters = dict(zip(body_shapes(model), parts, strict=True))
+    losses = step_loss(experiment, vectors, parameters, problem, step, round_)
+    gradients = list(torch.autograd.grad(losses.sum(), [*leaves, *parts]))
+    of_read, of_body = gradients[: len(leaves)], gradients[len(leaves) :]
+    rows = problem.catalogue if problem.rows is None else problem.rows.shape[1]
+    table = of_read[1] if scored is not None and rows == scored.shape[1] else torch.zeros(c, rows, d)
+    if scored is not None and table is not of_read[1]:
+        table[:, : problem.negatives] = of_read[1]
+    owner = torch.arange(c).unsqueeze(-1)
+    indices = [problem.events[:, step]] + ([] if problem.private is None else [problem.private[:, step]])
+    for index, gradient in zip(indices, (of_read[0], of_read[-1]), strict=False):
+        table.index_put_((owner, index), gradient, accumulate=True)
+    return table, of_body, losses.detach()
 
 
 def _weighted(scale: Tensor, stacked: Tensor) -> Tensor:

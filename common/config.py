@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.privacy.schema import NoPrivacy, PrivacyConfig, UserLevel
+from common.privacy.schema import ExampleLevel, NoPrivacy, PrivacyConfig, UserLevel, on_device
 from common.sources import DataConfig, Natural, Positive, Rate, Section, Share
 
 # --- model and loss ----------------------------------------------------------------------------------------------
@@ -156,8 +156,9 @@ class FederationConfig(Section):
     """Rounds at the most."""
     cohort: Positive = 128
     """Users a round: exactly (`fixed`) or on average (`poisson`); a smaller population takes part as a whole."""
-    sampling: Literal["fixed", "poisson"] = "fixed"
-    """`fixed`: a set of that size, drawn without replacement. `poisson`: each user independently."""
+    sampling: Literal["fixed", "poisson", "passes"] = "fixed"
+    """`fixed`: a set of that size, drawn without replacement. `poisson`: each user independently. `passes`: the users
+    in turn, in a new random order each time that all have taken part, so that nobody does so more often than others."""
     weighting: Literal["events", "uniform"] = "events"
     """An update counts by the user's number of trained events, or every user counts the same."""
     local: LocalConfig = LocalConfig()
@@ -244,11 +245,22 @@ class Experiment(Section):
     def _promises_hold(self) -> "Experiment":
         """What would make the account of a privacy mode a false one is refused."""
         privacy, federation = self.privacy, self.federation
-        if not isinstance(privacy, UserLevel):
+        if isinstance(privacy, NoPrivacy):
             return self
-        said = f"privacy.kind {privacy.kind} "
+        said, device = f"privacy.kind {privacy.kind} ", on_device(privacy)
         if federation.weighting != "uniform":
             raise ValueError(said + "needs federation.weighting=uniform: weighed by events, one user passes the bound")
+        if isinstance(device, ExampleLevel) and (federation.local.epochs or federation.local.prox):
+            raise ValueError("privacy.kind example-level takes federation.local.steps; epochs and prox are not for it")
+        if isinstance(device, ExampleLevel) and device.segment > self.model.max_length + 1:
+            raise ValueError("privacy.kind example-level has segments longer than what the model sees, max_length + 1")
+        if not isinstance(privacy, UserLevel):
+            if self.evaluation.privacy == "noised":
+                raise ValueError(
+                    said + "needs evaluation.privacy=public-holdout, or unaccounted in a simulation: noise that the "
+                    "server adds does not protect ranks from the server"
+                )
+            return self
         if federation.sampling != "poisson":
             raise ValueError(said + "needs federation.sampling=poisson: a cohort of fixed size has no such account")
         if privacy.cap is not None and privacy.cap < federation.cohort:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from math import nan
 from typing import NamedTuple
 
 import numpy as np
@@ -28,20 +29,24 @@ class Reply(NamedTuple):
 
     user: int
     events: int
+    """1 where the device does not tell."""
     loss: float
+    """NaN where the device does not tell."""
     update: Explicit | tuple[Pending, int]
     """Its numbers, or where in this process they wait to be computed."""
     bytes: int
     """Size of its arrays."""
     below: int = 1
     """Whether the update was within the clipping norm before it was clipped, 0 or 1."""
+    participations: int = 0
+    """Rounds that the user has taken part in, this one included, where devices keep accounts; else 0."""
 
 
 class Rejected(Exception):  # noqa: N818 - a verdict on one reply, never raised further
     """A reply that must not enter the sum, and why."""
 
 
-def check(message: Message, weights: Weights, roster: Roster) -> Reply:
+def check(message: Message, weights: Weights, roster: Roster, silent: bool = False) -> Reply:
     """Read one reply and hold it against the global weights.
 
     Parameters
@@ -52,6 +57,8 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
         The global weights; shapes and catalogue size come from them.
     roster : Roster
         Who lives where.
+    silent : bool
+        Whether devices tell neither losses nor counts of events; what one says of them is not looked at then.
 
     Raises
     ------
@@ -64,8 +71,11 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
     try:
         arrays = record(message.content, UPDATE, ArrayRecord)
         metrics = record(message.content, METRICS, MetricRecord)
-        user, events = whole_number(metrics, "user"), whole_number(metrics, "events")
-        loss = float(number(metrics, "loss"))
+        user, events, loss, participations = whole_number(metrics, "user"), 1, nan, 0
+        if silent:
+            participations = whole_number(metrics, "participations")
+        else:
+            events, loss = whole_number(metrics, "events"), float(number(metrics, "loss"))
         below = whole_number(metrics, "below") if "below" in metrics else 1
         # What this process computes itself has been checked by its maker, and is not computed one by one.
         update = pending_of(arrays) or _explicit(arrays)
@@ -74,11 +84,13 @@ def check(message: Message, weights: Weights, roster: Roster) -> Reply:
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
     if not roster.hosts(message.metadata.src_node_id, user):
         raise Rejected("speaks for a user of another node")
-    if not 0 <= events < 2**31 or not np.isfinite(loss) or below not in {0, 1}:
+    if not 0 <= events < 2**31 or not (silent or np.isfinite(loss)) or below not in {0, 1}:
         raise Rejected("impossible event count or loss")
+    if not 0 <= participations < 2**31:
+        raise Rejected("impossible number of participations")
     if isinstance(update, Explicit):
         _check_numbers(update, weights)
-    return Reply(user, events, loss, update, size, below)
+    return Reply(user, events, loss, update, size, below, participations)
 
 
 def one_line(reason: str | None) -> str:
@@ -112,13 +124,15 @@ def _valid_rows(rows: NDArray[np.int32], items: int) -> bool:
     return len(rows) == 0 or (rows.min() >= 0 and rows.max() < items and len(np.unique(rows)) == len(rows))
 
 
-def admit(replies: Iterable[Message], weights: Weights, roster: Roster) -> tuple[list[Reply], Counter[str]]:
-    """Checked replies in the order of their users, and how many were left out for each reason."""
+def admit(
+    replies: Iterable[Message], weights: Weights, roster: Roster, silent: bool = False
+) -> tuple[list[Reply], Counter[str]]:
+    """Checked replies in the order of their users, and how many were left out for each reason; as in `check`."""
     good: dict[int, Reply] = {}
     rejected: Counter[str] = Counter()
     for message in replies:
         try:
-            reply = check(message, weights, roster)
+            reply = check(message, weights, roster, silent)
             if reply.user in good:
                 raise Rejected("second reply of one user")
             good[reply.user] = reply

@@ -22,7 +22,7 @@ from common.privacy.card import card
 from common.privacy.mechanism import add_noise, clip_factors, noised_histogram, norms
 from common.privacy.noise import noise_source
 from common.privacy.plan import settle
-from common.privacy.schema import UserLevel
+from common.privacy.schema import UserLevel, on_device
 from common.seeding import generator
 from server.aggregation import Explicit, Reply, weigh, weighted_sum
 from server.ledger import RANKING, UPDATE, Ledger
@@ -34,21 +34,53 @@ Ranks = NDArray[np.float64]
 
 
 class Curator:
-    """No formal privacy: plain weighted means and plain metrics."""
+    """No formal privacy on this side: plain weighted means and plain metrics.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Sampling, weighting, metrics.
+    population, items : int
+        Users there are, and the size of the catalogue.
+    folder : Path, optional
+        Where the ledger is, in a private mode.
+    """
 
     clip: float | None = None
     """Bound that clients are told to clip their updates to."""
 
-    def __init__(self, experiment: Experiment, population: int, items: int):
+    def __init__(self, experiment: Experiment, population: int, items: int, folder: Path | None = None):
         self.experiment, self.population, self.items = experiment, population, items
+
+    @property
+    def silent(self) -> bool:
+        """Whether devices trust nobody, and tell neither losses nor counts of events."""
+        return on_device(self.experiment.privacy) is not None
+
+    @cached_property
+    def _public(self) -> Users:
+        """Users who never train and whose ranks are public."""
+        evaluation = self.experiment.evaluation
+        if self.experiment.privacy.kind == "none" or evaluation.privacy != "public-holdout":
+            return np.zeros(0, dtype=np.int64)
+        count = max(1, round(evaluation.holdout * self.population))
+        return without_replacement(generator(self.experiment.seed, "public-users"), self.population, count)
+
+    @cached_property
+    def _trainees(self) -> Users | range:
+        everybody = range(self.population)
+        return np.setdiff1d(np.arange(self.population), self._public) if len(self._public) else everybody
 
     def cohort(self, round_: int) -> Users:
         """Users of a round, sorted."""
-        return cohort(self.experiment.federation, self.population, self.experiment.seed, round_)
+        places = cohort(self.experiment.federation, len(self._trainees), self.experiment.seed, round_)
+        return places if isinstance(self._trainees, range) else self._trainees[places]
 
     def judges(self, split: str, round_: int) -> Users:
-        """Users whose held-out items a ranking looks at, sorted."""
+        """Users whose held-out items a ranking looks at, sorted; the public ones where there are such."""
         evaluation, seed = self.experiment.evaluation, self.experiment.seed
+        if len(self._public):
+            return self._public
         if split == "test":
             return some_users(evaluation.test_users, self.population, seed, "test-users", 0)
         return some_users(evaluation.users, self.population, seed, "validation-users", round_)
@@ -63,7 +95,8 @@ class Curator:
         told: dict[str, Any] = {"clients": len(replies)}
         if not importance.sum() > 0:
             return None, told
-        told["loss"] = float(np.average([reply.loss for reply in replies], weights=importance))
+        if not self.silent:
+            told["loss"] = float(np.average([reply.loss for reply in replies], weights=importance))
         told["bytes_up_per_client"] = float(np.mean([reply.bytes for reply in replies]))
         return mean_of(weighted_sum(replies, importance, weights), float(importance.sum())), told
 
@@ -88,6 +121,27 @@ class Curator:
     def card(self, parameters: int) -> dict[str, Any]:
         """The privacy card of what has been released."""
         return card(self.experiment, self.population, parameters, 0, 0)
+
+
+class DeviceCurator(Curator):
+    """The server of devices that trust it with nothing: it takes means of what is noised already.
+
+    Its ledger says how often the busiest device has taken part; each device keeps an account of its own and stops when
+    that is spent.
+    """
+
+    def __init__(self, experiment: Experiment, population: int, items: int, folder: Path | None = None):
+        super().__init__(experiment, population, items)
+        self.ledger = Ledger(folder)
+
+    def mean(self, round_: int, replies: list[Reply], weights: Weights) -> tuple[Weights | None, dict[str, Any]]:
+        """As in `Curator`."""
+        self.ledger.pay(UPDATE, round_, participations=max((reply.participations for reply in replies), default=0))
+        return super().mean(round_, replies, weights)
+
+    def card(self, parameters: int) -> dict[str, Any]:
+        """As in `Curator`."""
+        return card(self.experiment, len(self._trainees), parameters, self.ledger.count(UPDATE), 0, self.ledger.busiest)
 
 
 class PrivateCurator(Curator):
@@ -119,20 +173,6 @@ class PrivateCurator(Curator):
             if any(line.get(name) != value for name, value in kinds[line["what"]].items()):
                 raise StateError("the ledger holds releases of other terms; a run directory belongs to one experiment")
 
-    @cached_property
-    def _public(self) -> Users:
-        """Users who never train and whose ranks are public."""
-        evaluation = self.experiment.evaluation
-        if evaluation.privacy != "public-holdout":
-            return np.zeros(0, dtype=np.int64)
-        count = max(1, round(evaluation.holdout * self.population))
-        return without_replacement(generator(self.experiment.seed, "public-users"), self.population, count)
-
-    @cached_property
-    def _trainees(self) -> Users | range:
-        everybody = range(self.population)
-        return np.setdiff1d(np.arange(self.population), self._public) if len(self._public) else everybody
-
     def cohort(self, round_: int) -> Users:
         """As in `Curator`; drawn in secret where `privacy.rng` is secure, since amplification rests on that."""
         n, attempt = len(self._trainees), self.ledger.attempts(UPDATE, round_)
@@ -140,10 +180,6 @@ class PrivateCurator(Curator):
         size = int(rng.binomial(n, self.terms.rate))
         places = without_replacement(rng, n, min(size, self.privacy.cap or size))
         return places if isinstance(self._trainees, range) else self._trainees[places]
-
-    def judges(self, split: str, round_: int) -> Users:
-        """As in `Curator`; the public users where these are the ones to look at."""
-        return self._public if len(self._public) else super().judges(split, round_)
 
     def affords(self, what: str) -> bool:
         """As in `Curator`."""
@@ -168,7 +204,8 @@ class PrivateCurator(Curator):
         bound, mean_cohort = float(self.clip or 0), self.terms.rate * self.terms.users
         total = weighted_sum(replies, self._factors(replies, bound), weights)
         std = self.terms.noise_multiplier * self.terms.scale * bound
-        attempt = self.ledger.pay(UPDATE, round_, **self._update_terms(), clipping_norm=bound)
+        busiest = {"participations": max((r.participations for r in replies), default=0)} if self.silent else {}
+        attempt = self.ledger.pay(UPDATE, round_, **self._update_terms(), clipping_norm=bound, **busiest)
         noised = add_noise(total, std, self._noise, "update-noise", round_, attempt)
         told: dict[str, Any] = {"clients": round(mean_cohort), "clipping_norm": bound}
         below = sum(reply.below for reply in replies)
@@ -177,7 +214,8 @@ class PrivateCurator(Curator):
             self._clipped.append(1 - told["below"])
         if self.tells_all and replies:
             told["clients"] = len(replies)
-            told["loss"] = float(np.mean([reply.loss for reply in replies]))
+            if not self.silent:
+                told["loss"] = float(np.mean([reply.loss for reply in replies]))
             told["clipped_share"] = 1 - below / len(replies)
             if not self.privacy.adaptive:
                 self._clipped.append(told["clipped_share"])
@@ -244,12 +282,11 @@ class PrivateCurator(Curator):
     def card(self, parameters: int) -> dict[str, Any]:
         """As in `Curator`."""
         counts = self.ledger.count(UPDATE), self.ledger.count(RANKING)
-        facts = card(self.experiment, len(self._trainees), parameters, *counts)
+        facts = card(self.experiment, len(self._trainees), parameters, *counts, self.ledger.busiest)
         return facts | {"clipped_share": float(np.mean(self._clipped)) if self._clipped else None}
 
 
 def curator(experiment: Experiment, population: int, items: int, folder: Path | None = None) -> Curator:
     """The curator that an experiment's privacy mode asks for."""
-    if isinstance(experiment.privacy, UserLevel):
-        return PrivateCurator(experiment, population, items, folder)
-    return Curator(experiment, population, items)
+    kind = PrivateCurator if isinstance(experiment.privacy, UserLevel) else DeviceCurator
+    return (Curator if experiment.privacy.kind == "none" else kind)(experiment, population, items, folder)

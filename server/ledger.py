@@ -4,12 +4,11 @@ A crash between the two can only over-count. Lines are never taken back; a round
 new noise and pays again.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from common.errors import StateError
-from common.files import append_line, explained, json_text
+from common.privacy import lines
 
 LEDGER_FILE = "ledger.jsonl"
 UPDATE, RANKING = "update", "ranking"
@@ -32,8 +31,10 @@ class Ledger:
 
     def __init__(self, folder: Path | None):
         self._path = folder / LEDGER_FILE if folder else None
-        self.lines: list[dict[str, Any]] = _replay(self._path) if self._path and self._path.exists() else []
+        self.lines: list[dict[str, Any]] = lines.read(self._path, {"what": str, "round": int})[0] if self._path else []
         """All releases, oldest first."""
+        if unknown := {line["what"] for line in self.lines} - {UPDATE, RANKING}:
+            raise StateError(f"{self._path}: a release of unknown kind {min(unknown)!r}; restore the file")
 
     def pay(self, what: str, round_: int, **terms: Any) -> int:
         """Enter a release; only afterwards may it be made.
@@ -51,7 +52,7 @@ class Ledger:
         attempt = self.attempts(what, round_)
         line = {"what": what, "round": round_, "attempt": attempt, **terms}
         if self._path:
-            append_line(self._path, json_text(line), sync=True)
+            lines.write(self._path, line)
         self.lines.append(line)
         return attempt
 
@@ -63,21 +64,7 @@ class Ledger:
         """Releases of a kind so far."""
         return len([line for line in self.lines if line["what"] == what])
 
-
-def _replay(path: Path) -> list[dict[str, Any]]:
-    with explained(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
-    lines = []
-    for number, row in enumerate(text.splitlines(), 1):
-        try:
-            line = json.loads(row)
-            if line["what"] not in {UPDATE, RANKING} or not isinstance(line["round"], int):
-                raise ValueError("no release")
-        except (ValueError, KeyError, TypeError) as fault:
-            raise StateError(
-                f"{path}:{number}: not a line of a privacy ledger, so what was spent is unknown; restore the file"
-            ) from fault
-        lines.append(line)
-    if text and not text.endswith("\n"):
-        raise StateError(f"{path}: the last line is cut off, so what was spent is unknown; restore the file")
-    return lines
+    @property
+    def busiest(self) -> int:
+        """Participations of the device that has taken part most often, where devices keep accounts."""
+        return max((line.get("participations", 0) for line in self.lines), default=0)

@@ -52,6 +52,8 @@ class Outcome:
     """The chosen one."""
     test: tuple[Ranks, Ranks]
     """Full and sampled test rank by user, NaN where there is none; for those who may see it."""
+    tested: int
+    """Users who were asked for their test rank and answered."""
     figures: dict[str, float]
     """Test figures as the privacy mode lets them be told."""
     card: dict[str, Any]
@@ -147,7 +149,8 @@ def serve(
         raise StateError(f"nobody could rank the test item: {', '.join(judge.rejections)}")
     figures = judge.quality(test, best_round)
     _tell_card(folder, curator.card(numbers))
-    return Outcome(chosen, state.round, best_round, test, figures, curator.card(numbers), strategy.bytes_down())
+    card, down = curator.card(numbers), strategy.bytes_down()
+    return Outcome(chosen, state.round, best_round, test, judge.asked, figures, card, down)
 
 
 def _tell_card(folder: Path | None, facts: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ class FederatedRanking(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step along the mean of the updates that pass the check; with none, the model stays as it is."""
         with phase("checking"):
-            good, rejected = admit(replies, self.weights, self.roster)
+            good, rejected = admit(replies, self.weights, self.roster, self.curator.silent)
         self._note(rejected, len(good))
         with phase("summing"):
             update, told = self.curator.mean(server_round, good, self.weights)

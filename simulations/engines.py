@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from client import app as client_app
 from client.device import Device
 from common.errors import StateError, UsageError
-from simulations.grid import InProcessGrid
+from simulations.grid import InProcessGrid, places
 from simulations.workers import Pool, ProcessPool, Team
 
 T = TypeVar("T")
@@ -104,11 +104,11 @@ def _on_flowers_simulation(device: Device, serve: Callable[[Grid], T]) -> T:
 def _told(device: Device) -> ClientApp:
     """The ClientApp with the experiment put into its run config, as `flwr run` would do it."""
     run_config: UserConfig = {"experiment": device.experiment.model_dump_json(), "overrides": ""}
-    folder = str(device.catalogue.folder)
+    told = places(device)
 
     def tell(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         # A context of our own, since Flower checks that its own was left as it is; the state is the node's.
-        node_config = {**context.node_config, "data-path": folder}
+        node_config: UserConfig = {**context.node_config, **told}
         return call_next(message, Context(context.run_id, context.node_id, node_config, context.state, run_config))
 
     app = ClientApp()

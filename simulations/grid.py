@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from client.accounts import STATE_PATH
 from client.app import app as client_app
 from client.device import PARTITION, Device
 from client.handlers import HANDLERS
@@ -125,10 +126,16 @@ class InProcessGrid(Grid):
 
     def _context(self, node: int) -> Context:
         if node not in self._contexts:
-            config: UserConfig = {PARTITION: node - FIRST_NODE, "data-path": str(self._device.catalogue.folder)}
+            config: UserConfig = {PARTITION: node - FIRST_NODE, **places(self._device)}
             run_config: UserConfig = {"experiment": self._device.experiment.model_dump_json(), "overrides": ""}
             self._contexts[node] = Context(self._run.run_id, node, config, RecordDict(), run_config)
         return self._contexts[node]
+
+
+def places(device: Device) -> dict[str, str]:
+    """Where a node finds what it needs, for its node config: its events and, if it keeps one, its account."""
+    account = {} if device.accounts.path is None else {STATE_PATH: str(device.accounts.path.parent)}
+    return {"data-path": str(device.catalogue.folder), **account}
 
 
 def _broken(message: Message, fault: Exception) -> Message:

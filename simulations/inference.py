@@ -20,6 +20,7 @@ from common.files import atomic
 from common.metrics import coverage, long_tail_share, ndcg, summarise, worst_tenth
 from common.models.weights import Weights
 from server.checkpoint import load_model
+from server.curator import curator as curator_of
 from server.rounds import MODEL_FILE
 from simulations import rundir
 
@@ -105,7 +106,7 @@ class Trained:
 
 
 def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict[str, Any]:
-    """Measure a finished run's model once more, from nothing but its files.
+    """Measure a finished run's model once more, from nothing but its files, on the users that its test looked at.
 
     Parameters
     ----------
@@ -126,7 +127,8 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
     Raises
     ------
     UsageError
-        Where `ranks_file` names a folder, or lies in none; known before anything is ranked.
+        Where `ranks_file` names a folder, or lies in none; known before anything is ranked. Where the run's privacy
+        mode lets figures be released with noise only.
     StateError
         Where the run cannot be opened, or the file cannot be written.
     """
@@ -134,15 +136,22 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
         raise UsageError(f"{ranks_file}: cannot be a file; name one in a folder that exists")
     trained = Trained(folder)
     device, experiment = trained.device, trained.device.experiment
-    users = np.arange(len(device.sequences))
-    full = rank(experiment, trained.weights, device.sequences, users, split).full
+    if experiment.privacy.kind != "none" and experiment.evaluation.privacy == "noised":
+        raise UsageError(
+            f"{folder}: its figures are released with noise only, as result.json has them; ranks as they are would be "
+            "another release. A simulation may set evaluation.privacy=unaccounted"
+        )
+    everybody = np.arange(len(device.sequences))
+    users = curator_of(experiment, len(everybody), device.catalogue.items).judges("test", 0)
+    full = np.full(len(everybody), np.nan)
+    full[users] = rank(experiment, trained.weights, device.sequences, users, split).full
     held = np.flatnonzero(np.isfinite(full))
     if ranks_file:
         ids = device.sequences.user_ids()
         _write_ranks(ranks_file, [ids[user] for user in held], full[held])
     stops, _ = device.sequences.stops(held, split)
     lists = trained.lists(held, stops, 10)
-    train_items, _ = device.sequences.events(users, device.sequences.stops(users, "train")[0])
+    train_items, _ = device.sequences.events(everybody, device.sequences.stops(everybody, "train")[0])
     popularity = np.bincount(train_items, minlength=device.catalogue.items)
     cutoffs = sorted({10, *experiment.evaluation.cutoffs})
     figures = summarise(full, cutoffs, experiment.evaluation.resamples, experiment.seed)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from client.accounts import ACCOUNTS_FILE
 from client.device import Device
 from common.config import Experiment
 from common.data.prepare import bad_rows, prepare
@@ -62,7 +63,7 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
     with rundir.locked(folder):
         began = time.perf_counter()
         data = prepare(experiment.data)
-        device = Device.open(experiment, data)
+        device = Device.open(experiment, data, folder / ACCOUNTS_FILE)
         if left_out := bad_rows(data):
             console.print(left_out, highlight=False)
         if resume and (folder / rundir.MANIFEST).exists():
@@ -96,7 +97,7 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         users_tested = len(tested)
     else:  # one noised release is all that may be known; rankers on the raw events would be another
         test = {name: Estimate(value, math.nan, math.nan)._asdict() for name, value in outcome.figures.items()}
-        ranks, users_tested = {}, evaluation.test_users or len(device.sequences)
+        ranks, users_tested = {}, outcome.tested
     trained = [line for line in read(folder) if line["kind"] == "train"]
     return {
         "run_dir": str(folder),

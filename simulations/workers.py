@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import multiprocessing
 
+from client.cohort import plan, train_chunk
 from client.evaluation import Ranking, rank
 from client.rows import Ints
-from client.training import plan, train_chunk
 from common.config import Experiment
 from common.data.sequences import Sequences, Split
 from common.errors import StateError
@@ -38,12 +38,10 @@ class Numbers(NamedTuple):
     """What a worker tells of a chunk: arrays only, as in `client.training.Updates`."""
 
     users: Ints
-    events: Ints
-    losses: Floats
     sound: NDArray[np.bool_]
     counts: Ints
     expected: Floats
-    norms: NDArray[np.float64] | None
+    facts: dict[str, NDArray[np.generic]]
     rows: Ints | None
     table: Floats
     body: Floats
@@ -63,9 +61,8 @@ class Worker:
         """Train a chunk and sum its updates, by default as the server is expected to weigh them."""
         updates = train_chunk(self.experiment, weights, self.sequences, users, round_, clip)
         rows, total = updates.summed(updates.expected if importance is None else importance)
-        facts = updates.users, updates.events, updates.losses, updates.sound, updates.counts, updates.expected
-        norms = None if clip is None else updates.norms
-        return Numbers(*facts, norms, rows, total.table.numpy(), total.body.numpy())
+        about = updates.users, updates.sound, updates.counts, updates.expected, updates.facts
+        return Numbers(*about, rows, total.table.numpy(), total.body.numpy())
 
     def single(
         self, weights: Weights, users: Ints, round_: int, clip: float | None, i: int
@@ -164,9 +161,8 @@ class RemoteUpdates:
     def __init__(self, team: "Team", weights: Weights, round_: int, clip: float | None, numbers: Numbers):
         self._team, self._weights, self._numbers = team, weights, numbers
         self._asked = numbers.users, round_, clip
-        self.norms = numbers.norms
-        self.users, self.events, self.losses = numbers.users, numbers.events, numbers.losses
-        self.sound, self.counts, self.whole = numbers.sound, numbers.counts, numbers.rows is None
+        self.users, self.sound, self.facts = numbers.users, numbers.sound, numbers.facts
+        self.counts, self.whole = numbers.counts, numbers.rows is None
 
     def __len__(self) -> int:
         return len(self.users)

@@ -5,14 +5,17 @@ from math import sqrt
 from typing import Any
 
 from common.config import Experiment
+from common.privacy.devices import device_card, planned_participations
 from common.privacy.plan import Terms, rankings, settle, trainees
-from common.privacy.schema import UserLevel
+from common.privacy.schema import UserLevel, on_device
 
 NOISY = 2.0
 """Noise/C on the mean update beyond which little can be learnt."""
 
 
-def card(experiment: Experiment, users: int, parameters: int, updates: int, rankings: int) -> dict[str, Any]:
+def card(
+    experiment: Experiment, users: int, parameters: int, updates: int, rankings: int, participations: int = 0
+) -> dict[str, Any]:
     """The card of a run, or of a plan.
 
     Parameters
@@ -25,6 +28,8 @@ def card(experiment: Experiment, users: int, parameters: int, updates: int, rank
         Numbers in an update.
     updates, rankings : int
         Releases of either kind, made or planned.
+    participations : int
+        The most that any one user takes part in, where devices add noise.
 
     Returns
     -------
@@ -32,11 +37,14 @@ def card(experiment: Experiment, users: int, parameters: int, updates: int, rank
         As in `privacy.json`. `epsilon` is of everything that is released, for the users there really are;
         `epsilon_metrics` of the metrics alone (null: unaccounted); `noise_over_clip` the expected norm of the noise on
         the mean update over C, and `snr` its inverse, an upper bound. `clipped_share` is filled in by a run that may
-        tell it.
+        tell it. What devices do beside a trusted server stands under `on_device`, a card of its own.
     """
     unaccounted = experiment.evaluation.privacy == "unaccounted"
+    devices = (
+        device_card(experiment, users, parameters, updates, participations) if on_device(experiment.privacy) else None
+    )
     if not isinstance(experiment.privacy, UserLevel):
-        return {
+        return devices or {
             "unit": "none",
             "relation": None,
             "adversary": "nobody; events stay on the devices, but updates tell of them",
@@ -65,12 +73,16 @@ def card(experiment: Experiment, users: int, parameters: int, updates: int, rank
         "noise_over_clip": noise,
         "clipped_share": None,
         "hypothetical": hypothetical if privacy.population else None,
+        "on_device": devices,
     }
 
 
 def planned(experiment: Experiment, users: int, parameters: int) -> dict[str, Any]:
     """The card that a run of so many users will end with, before anything is trained."""
-    return card(experiment, trainees(experiment, users), parameters, experiment.federation.rounds, rankings(experiment))
+    training = trainees(experiment, users)
+    participations = planned_participations(experiment, training) if on_device(experiment.privacy) else 0
+    rounds = experiment.federation.rounds
+    return card(experiment, training, parameters, rounds, rankings(experiment), participations)
 
 
 def noise_over_clip(terms: Terms, parameters: int) -> float:

@@ -9,11 +9,15 @@ import os
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from common.seeding import generator
 
 Floats = NDArray[np.float64]
+_STATE = slice(24, 24 + 8 * 624)
+"""Where the twister's words lie in torch's state, 64 bits each."""
 
 
 class NoiseSource(Protocol):
@@ -24,6 +28,9 @@ class NoiseSource(Protocol):
 
     def normal(self, n: int, purpose: str, *keys: int) -> Floats:
         """`n` standard normal numbers for one purpose and key; never ask twice with the same."""
+
+    def many(self, n: int, purpose: str, *keys: int) -> Tensor:
+        """`n` standard normal numbers in single precision, for a device that noises a whole table; as `normal` else."""
 
     def choices(self, purpose: str, *keys: int) -> np.random.Generator:
         """A generator for secret choices such as who takes part."""
@@ -40,6 +47,10 @@ class Reproducible:
     def normal(self, n: int, purpose: str, *keys: int) -> Floats:
         """As in `NoiseSource`."""
         return generator(self._seed, purpose, *keys).standard_normal(n)
+
+    def many(self, n: int, purpose: str, *keys: int) -> Tensor:
+        """As in `NoiseSource`; by torch, three times as fast as numpy."""
+        return torch.randn(n, generator=torch_generator(self._seed, purpose, *keys))
 
     def choices(self, purpose: str, *keys: int) -> np.random.Generator:
         """As in `NoiseSource`."""
@@ -58,6 +69,10 @@ class Secure:
             total += _box_muller(n)
         return total / 2
 
+    def many(self, n: int, purpose: str, *keys: int) -> Tensor:
+        """As in `NoiseSource`."""
+        return torch.from_numpy(self.normal(n, purpose, *keys)).float()
+
     def choices(self, purpose: str, *keys: int) -> np.random.Generator:
         """As in `NoiseSource`."""
         return np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(16), "little")))
@@ -66,6 +81,26 @@ class Secure:
 def noise_source(rng: str, seed: int) -> NoiseSource:
     """The source that ``privacy.rng`` names."""
     return Secure() if rng == "secure" else Reproducible(seed)
+
+
+def torch_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
+    """As `common.seeding.generator`, for torch: a Mersenne twister whose whole state comes from the key.
+
+    `torch.Generator.manual_seed` looks at 32 bits only; among a few million draws some would be the same.
+
+    Raises
+    ------
+    RuntimeError
+        Where this version of torch keeps its state otherwise than we write it.
+    """
+    twister = torch.Generator()
+    state = twister.manual_seed(0).get_state().numpy()
+    words = state[_STATE].view(np.uint64)
+    if not np.array_equal(words[:2], np.random.RandomState(0).get_state(legacy=False)["state"]["key"][:2]):
+        raise RuntimeError(f"torch {torch.__version__} keeps the state of its generator in another way")
+    words[:] = generator(seed, purpose, *keys).integers(2**32, size=len(words), dtype=np.uint64)
+    twister.set_state(torch.from_numpy(state))
+    return twister
 
 
 def _box_muller(n: int) -> Floats:

@@ -96,7 +96,7 @@ def settle(experiment: Experiment, users: int) -> Terms:
 def trainees(experiment: Experiment, users: int) -> int:
     """Users who may train: all but the public ones, where there are such."""
     evaluation = experiment.evaluation
-    held_out = isinstance(experiment.privacy, UserLevel) and evaluation.privacy == "public-holdout"
+    held_out = experiment.privacy.kind != "none" and evaluation.privacy == "public-holdout"
     return users - max(1, round(evaluation.holdout * users)) if held_out else users
 
 

@@ -11,10 +11,11 @@ from flwr.app import Context, RecordDict
 from client import device as devices
 from client import training
 from client.app import app
+from client.cohort import train
 from client.device import PARTITION, Device, user_of
 from client.evaluation import rank
 from client.handlers import HANDLERS, handle_evaluate, handle_query, handle_train
-from client.training import Updates, train
+from client.training import Updates
 from common.data.prepare import prepare
 from common.errors import UsageError
 from common.models.weights import Weights

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from client import training
-from client.training import train
+from client.cohort import train
 from common.wire import LARGEST
 from tests.support import records, world
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from client.training import train
+from client.cohort import train
 from common.privacy.mechanism import add_noise, clip_factors, noised_histogram, norms
 from common.privacy.noise import Reproducible, Secure, noise_source
 from tests.privacy import private

@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
-from client import training
+from client import cohort as local_training
 from common.models.weights import Weights, initialise, named
 from server import curator as curators
 from server import strategy as strategies
@@ -133,8 +133,8 @@ def unlucky(monkeypatch):
 
 def narrow(monkeypatch):
     """A bucket is dropped: only the windows of the smaller width are trained on."""
-    plan = training.plan
-    monkeypatch.setattr(training, "plan", lambda *arguments: plan(*arguments)[:1])
+    plan = local_training.plan
+    monkeypatch.setattr(local_training, "plan", lambda *arguments: plan(*arguments)[:1])
 
 
 def backwards(monkeypatch):

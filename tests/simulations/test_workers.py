@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from client import batches, training
+from client.cohort import train
 from client.device import Device
 from client.evaluation import rank
-from client.training import train
 from common.data.prepare import prepare
 from common.wire import METRICS, UPDATE
 from server.rounds import serve
@@ -69,7 +69,7 @@ def asked(here, trainer, round_=1):
     return list(trainer(here.experiment, here.weights, here.device.sequences, USERS, round_))
 
 
-def sums(here, chunks, importance=lambda updates: updates.events):
+def sums(here, chunks, importance=lambda updates: updates.facts["events"]):
     return [records.dense(*updates.summed(importance(updates).astype(np.float32)), here.items) for updates in chunks]
 
 
@@ -114,7 +114,7 @@ def hear(here, count):
         chunks = asked(here, team.train)
         said = SimpleNamespace(
             chunks=len(chunks),
-            losses=np.concatenate([updates.losses for updates in chunks]).tolist(),
+            losses=np.concatenate([updates.facts["loss"] for updates in chunks]).tolist(),
             sums=sums(here, chunks),
             others=sums(here, chunks, some),
             singles=[(updates.rows(2).tolist(), updates.one(2)) for updates in chunks[-2:]],
@@ -197,7 +197,8 @@ def test_a_team_answers_as_one_process_does(loss, local, weighting):
     for there, updates in zip(far, near, strict=True):
         assert len(there) == len(updates)
         assert there.whole == updates.whole == (loss == "softmax")
-        for name in ("users", "events", "losses", "sound", "counts"):
+        np.testing.assert_equal(there.facts, updates.facts)
+        for name in ("users", "sound", "counts"):
             np.testing.assert_array_equal(getattr(there, name), getattr(updates, name))
         assert there.rows(1).tolist() == updates.rows(1).tolist()
         assert world.same(there.one(1), updates.one(1))

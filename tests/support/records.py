@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from client.training import train
+from client.cohort import train
 from common.models.weights import Weights
 
 

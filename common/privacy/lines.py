@@ -1,0 +1,66 @@
+"""Append-only files of what has been spent: a line is on the disk before the release, and none is ever taken back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import StateError
+from common.files import append_line, explained, json_text
+
+
+def write(path: Path, line: Mapping[str, Any]) -> None:
+    """Append a line and wait until the disk has it.
+
+    Raises
+    ------
+    StateError
+        Where that fails; nothing may be released then.
+    """
+    append_line(path, json_text(line), sync=True)
+
+
+def read(path: Path, keys: Mapping[str, type], start: int = 0, before: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """All lines, or those from some place on.
+
+    Parameters
+    ----------
+    path : Path
+        The file; one that is missing has no lines.
+    keys : mapping of str to type
+        What each line must hold.
+    start : int
+        Bytes to pass over, from an earlier call.
+    before : int
+        Lines to pass over, for messages.
+
+    Returns
+    -------
+    lines : list of dict
+    end : int
+        Bytes read so far.
+
+    Raises
+    ------
+    StateError
+        Where a line cannot be read: what was spent is then unknown.
+    """
+    if not path.exists():
+        return [], start
+    with explained(path), path.open("rb") as file:
+        file.seek(start)
+        content = file.read()
+    lines = []
+    for number, row in enumerate(content.splitlines(), before + 1):
+        try:
+            line = json.loads(row)
+            if not all(isinstance(line[name], kind) for name, kind in keys.items()):
+                raise ValueError("something else")
+        except (ValueError, KeyError, TypeError) as fault:
+            raise StateError(
+                f"{path}:{number}: not a line of a privacy ledger, so what was spent is unknown; restore the file"
+            ) from fault
+        lines.append(line)
+    if content and not content.endswith(b"\n"):
+        raise StateError(f"{path}: the last line is cut off, so what was spent is unknown; restore the file")
+    return lines, start + len(content)
