@@ -50,7 +50,7 @@ class Accounts:
     def refresh(self) -> None:
         """Read what has been written since the last look."""
         if self.path:
-            new, self._bytes = lines.read(self.path, {"users": list, "terms": dict}, self._bytes, self._lines)
+            new, self._bytes = lines.read(self.path, _is_participation, self._bytes, self._lines)
             self._lines += len(new)
             for line in new:
                 self._enter(line["users"], line["terms"])
@@ -91,6 +91,10 @@ class Accounts:
     def _agree(self, terms: Mapping[str, Any]) -> None:
         if self.terms and self.terms != terms:
             raise StateError(f"{self.path}: the account holds participations of other terms; it is of one experiment")
+
+
+def _is_participation(line: Any) -> bool:
+    return isinstance(line["users"], list) and isinstance(line["terms"], dict)
 
 
 def accounts_of(context: Context, user: int) -> Accounts:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from client.batches import CHUNK_BYTES, chunks, windows
+from client.batches import chunks, windows
 from client.examples import train_examples
 from client.noised import Noised, noised_locally
 from client.problem import pose
@@ -15,6 +15,9 @@ from common.config import Experiment
 from common.data.sequences import Sequences
 from common.models.weights import Weights, body_size
 from common.privacy.schema import ExampleLevel, Local, on_device
+
+SEGMENT_BYTES = 64 * 2**20
+"""Bound on a chunk of segments, below `CHUNK_BYTES`: whole tables of noise leave the caches sooner."""
 
 
 def train(
@@ -97,5 +100,5 @@ def _by_segments(
     rows = catalogue if loss.kind == "softmax" else getattr(loss, "negatives", 0) + 2 * privacy.segment
     table, body = catalogue * model.dim, body_size(model)
     numbers = 2 * (table + body) + segments * 3 * (rows * model.dim + body)  # (C,)
-    chunk = np.cumsum(4 * numbers) // CHUNK_BYTES
+    chunk = np.cumsum(4 * numbers) // SEGMENT_BYTES
     return np.split(users, np.flatnonzero(np.diff(chunk)) + 1) if len(users) else []

@@ -18,7 +18,7 @@ from client.noised import Noised, add_own_noise
 from client.problem import Problem, pose
 from client.rows import Ints
 from client.step import Vectors
-from client.training import own_gradients
+from client.training import own_gradients, weighted
 from common.config import Experiment
 from common.data.sequences import Sequences
 from common.errors import UsageError
@@ -147,18 +147,23 @@ def add_clipped(
     if not torch.isfinite(measured).all():  # nought times what is not finite is not nought
         for part in (table, *parts):
             part[~torch.isfinite(measured)] = 0.0
-    table.mul_(factors.view(-1, 1, 1))
+    mine = torch.zeros(len(change.body), len(owner))  # (C, E), what of which segment is whose
+    mine[owner, torch.arange(len(owner))] = factors
     if problem.rows is None:
-        change.table.index_add_(0, owner, table)
+        change.table.add_(weighted(mine, table))
     else:
-        used = torch.from_numpy(np.arange(table.shape[1]) < problem.counts[:, None])  # (E, R)
-        items = change.table.shape[1]
-        flat = owner.unsqueeze(-1) * items + torch.from_numpy(problem.rows)  # (E, R), places among all users' rows
-        change.table.view(-1, table.shape[2]).index_add_(0, flat[used], table[used])
+        n, dim = problem.negatives, table.shape[2]
+        change.table.index_add_(1, torch.from_numpy(problem.rows[0, :n]), weighted(mine, table[:, :n]))
+        used = np.arange(n, table.shape[1]) < problem.counts[:, None]  # (E, R − N), rows of the segment's own
+        of = np.nonzero(used)[0]
+        place = taken.owner[of] * change.table.shape[1] + problem.rows[:, n:][used]
+        values = table[:, n:][torch.from_numpy(used)] * factors[torch.from_numpy(of)].unsqueeze(-1)
+        change.table.view(-1, dim).index_add_(0, torch.from_numpy(place), values)
     begin = 0
-    for part in (part.flatten(1) for part in parts):
-        change.body[:, begin : begin + part.shape[1]].index_add_(0, owner, part.mul_(factors.view(-1, 1)))
-        begin += part.shape[1]
+    for part in parts:
+        size = part[0].numel()
+        change.body[:, begin : begin + size].add_(weighted(mine, part).flatten(1))
+        begin += size
 
 
 def _standing(weights: Weights, change: Weights, owner: Tensor, problem: Problem) -> tuple[Vectors, Tensor]:

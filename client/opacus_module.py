@@ -32,8 +32,7 @@ class Block(nn.Module):
         y = self.out(multi_head(self.qkv(self.norm1(x)), self.heads))
         x = x + (y if first is None else y * first)
         y = self.down(F.gelu(self.up(self.norm2(x))))
-        x += y if second is None else y * second
-        return x
+        return torch.add(x, y if second is None else y * second)
 
 
 class TiedSASRec(nn.Module):

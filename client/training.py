@@ -128,9 +128,9 @@ class Updates:
             here = torch.from_numpy(chosen)
             tables, parts, factors = tables[here], [part[here] for part in parts], factors[here]
         scale = scale * factors
-        body = torch.cat([_weighted(scale, part).flatten() for part in parts])
+        body = torch.cat([weighted(scale, part).flatten() for part in parts])
         if union is None or self._own.rows is None:
-            return None, Weights(_weighted(scale, tables), body)
+            return None, Weights(weighted(scale, tables), body)
         n = self._own.negatives
         table = torch.zeros(len(union), tables.shape[2])
         table[:n] = torch.einsum("c,crd->rd", scale, tables[:, :n])
@@ -274,8 +274,11 @@ def own_gradients(
     return table, of_body, losses.detach()
 
 
-def _weighted(scale: Tensor, stacked: Tensor) -> Tensor:
-    """Σ scale · part over users, ``(C,), (C, …) → (…)``; without a copy where two dimensions are merely swapped."""
+def weighted(scale: Tensor, stacked: Tensor) -> Tensor:
+    """Σ scale · part over C users, ``(C,), (C, …) → (…)``, or several such sums, ``(K, C), (C, …) → (K, …)``.
+
+    Without a copy where two dimensions are merely swapped, as in the gradients of linear layers.
+    """
     if stacked.dim() == 3 and not stacked.is_contiguous() and stacked.mT.is_contiguous():
-        return _weighted(scale, stacked.mT).mT
-    return (scale @ stacked.flatten(1)).view(stacked.shape[1:])
+        return weighted(scale, stacked.mT).mT
+    return (scale @ stacked.flatten(1)).view(*scale.shape[:-1], *stacked.shape[1:])

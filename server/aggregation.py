@@ -94,8 +94,9 @@ def check(message: Message, weights: Weights, roster: Roster, silent: bool = Fal
 
 
 def one_line(reason: str | None) -> str:
-    """A stranger's reason, fit for a line of `metrics.jsonl`."""
-    return " ".join((reason or "no reason given").split())[:200]
+    """A stranger's reason, fit for a line of `metrics.jsonl`; of a long one, such as a traceback, both ends."""
+    text = " ".join((reason or "no reason given").split())
+    return text if len(text) <= 200 else f"{text[:60]} … {text[-137:]}"
 
 
 def _explicit(records: ArrayRecord) -> Explicit:

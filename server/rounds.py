@@ -180,8 +180,8 @@ def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str
     with phase("answering"):
         replies = grid.send_and_receive(messages, timeout=TIMEOUT)
     _, metrics = strategy.aggregate_train(round_, replies)
-    facts = {"round": round_, "kind": "train", **(metrics or {}), "seconds": time.perf_counter() - began}
-    return facts | {"phases": timing.drain()} | _reasons(strategy)
+    facts = {"round": round_, "kind": "train", **(metrics or {})}
+    return facts | _told(strategy, {"seconds": time.perf_counter() - began, "phases": timing.drain()})
 
 
 def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str, Any]:
@@ -195,11 +195,14 @@ def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str,
         state.stale += 1
     users = int(np.isfinite(ranks[0]).sum()) if strategy.curator.tells_all else strategy.asked
     facts = {"round": state.round, "kind": "validation", **figures, "users": users}
-    return facts | {"seconds": time.perf_counter() - began} | _reasons(strategy)
+    return facts | _told(strategy, {"seconds": time.perf_counter() - began})
 
 
-def _reasons(strategy: FederatedRanking) -> dict[str, Any]:
-    return {"reasons": strategy.rejections} if strategy.rejections else {}
+def _told(strategy: FederatedRanking, timed: dict[str, Any]) -> dict[str, Any]:
+    """How long it took and why replies were left out, where that may be told: both hang on who took part."""
+    if not strategy.curator.tells_all:
+        return {}
+    return timed | ({"reasons": strategy.rejections} if strategy.rejections else {})
 
 
 def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[Ranks, Ranks]:

@@ -26,6 +26,9 @@ from server.curator import curator as curator_of
 from server.optimizers import ServerOptimizer
 from server.roster import Roster, messages
 
+PATIENCE = 3
+"""Rounds of refusals alone, from the first on, after which the experiment and not a client must be at fault."""
+
 
 class FederatedRanking(Strategy):
     """Federated training of a recommender, one user per client.
@@ -53,6 +56,7 @@ class FederatedRanking(Strategy):
         """Reasons for the replies left out of the last round or ranking, and how many each."""
         self.asked = 0
         """Users who were asked for a rank and answered, be it with an error."""
+        self.heard = self.refused = 0  # replies that passed; rounds and rankings until then in which none did
 
     def arrays(self) -> ArrayRecord:
         """The global weights as they travel: a copy, since steps are made in place while replies may still wait."""
@@ -136,8 +140,10 @@ class FederatedRanking(Strategy):
 
     def _note(self, rejected: Counter[str], good: int) -> None:
         """Keep the reasons where they may be told; who was refused hangs on people's data."""
-        if rejected and not good and not self.curator.tells_all:
-            raise StateError(f"every reply was refused: {', '.join(rejected)}")
+        self.heard += good
+        self.refused += 0 if self.heard else bool(rejected)
+        if self.refused == PATIENCE:
+            raise StateError(f"for {PATIENCE} rounds every reply was refused: {', '.join(rejected)}")
         self.rejections = dict(rejected) if self.curator.tells_all else {}
 
     def _content(self, round_: int, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:

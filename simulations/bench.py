@@ -25,7 +25,7 @@ from common.data.prepare import prepare
 from common.data.sequences import Ints
 from common.errors import UsageError
 from common.models.weights import initialise, named
-from common.privacy.schema import UserLevel
+from common.privacy.schema import ExampleLevel, Local, UserLevel
 from server.roster import Roster
 from server.rounds import train_round
 from server.sampling import cohort
@@ -34,8 +34,14 @@ from simulations import centralised
 from simulations.centralised import SASRec
 from simulations.engines import play
 
-ENGINES = ("vectorized", "sequential", "naive", "ray", "centralised", "user-level")
-"""`user-level` is `vectorized` with user-level differential privacy."""
+_MODES: dict[str, UserLevel | Local | ExampleLevel] = {
+    "user-level": UserLevel(kind="user-level", noise_multiplier=1.0, rng="reproducible"),
+    "local": Local(kind="local", noise_multiplier=1.0, rng="reproducible"),
+    "example-level": ExampleLevel(kind="example-level", noise_multiplier=1.0, rng="reproducible"),
+    "opacus": ExampleLevel(kind="example-level", noise_multiplier=1.0, rng="reproducible"),
+}
+ENGINES = ("vectorized", "sequential", "naive", "ray", "centralised", *_MODES)
+"""The modes of privacy are `vectorized`, but for `opacus`: example-level through the ClientApp, user by user."""
 ROUNDS, FEW_ROUNDS, PATIENCE = 24, 4, 5.0
 """Timed rounds of a sample, after one to warm up; so few where they take more than so many seconds together."""
 RAY_USERS = 10_000
@@ -137,18 +143,20 @@ def _apart(experiment: Experiment, engine: str, workers: int) -> Sample:
         return process.submit(_sample, experiment.model_dump_json(), engine, workers).result()
 
 
-def _sample(told: str, engine: str, workers: int) -> Sample:
-    """A sample of an experiment, told as JSON."""
-    experiment = Experiment.model_validate_json(told)
+def _sample(text: str, engine: str, workers: int) -> Sample:
+    """A sample of an experiment, given as JSON."""
+    experiment = Experiment.model_validate_json(text)
     if engine == "ray":
         users = min(RAY_USERS, experiment.data.users)  # type: ignore[union-attr]
         experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"users": users})})
-    if engine == "user-level":
+    if engine in _MODES:
         federation = experiment.federation.model_copy(update={"sampling": "poisson", "weighting": "uniform"})
-        privacy = UserLevel(kind="user-level", noise_multiplier=1.0, rng="reproducible")
-        experiment = experiment.model_copy(update={"federation": federation, "privacy": privacy})
-    kind = engine if engine in {"sequential", "ray"} else "vectorized"
-    place = {"engine": kind, "workers": workers if engine in {"vectorized", "user-level"} else 0}
+        told = experiment.evaluation.model_copy(update={"privacy": "unaccounted"})  # or nobody hears how long it took
+        changed = {"federation": federation, "privacy": _MODES[engine], "evaluation": told}
+        experiment = experiment.model_copy(update=changed)
+    kind = {"sequential": "sequential", "opacus": "sequential", "ray": "ray"}.get(engine, "vectorized")
+    shared = engine in {"vectorized", *_MODES} and kind == "vectorized"
+    place = {"engine": kind, "workers": workers if shared else 0}
     runtime = experiment.runtime.model_copy(update=place)
     device = Device.open(experiment.model_copy(update={"runtime": runtime}), prepare(experiment.data))
     if engine in {"naive", "centralised"}:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from common.config import BCELoss, Experiment, SoftmaxLoss
 from common.models.shapes import ITEM_TABLE, parameter_shapes
+from common.privacy.schema import on_device
 
 _FLOAT = 4  # bytes of a float32
 _ID = 4  # bytes of an int32
@@ -65,7 +66,7 @@ def forecast(experiment: Experiment, users: int, items: int, mean_length: float)
     cohort = min(federation.cohort, users)
     down = sum(sizes.values()) * _FLOAT
     rows = expected_rows(experiment, items, mean_length)
-    ids = 0 if isinstance(experiment.loss, SoftmaxLoss) else _ID  # all rows, in order, need no ids
+    ids = 0 if _whole(experiment) else _ID  # all rows, in order, need no ids
     up = (sum(sizes.values()) - sizes[ITEM_TABLE]) * _FLOAT + round(rows * (experiment.model.dim * _FLOAT + ids))
     validations = -(-federation.rounds // evaluation.every)  # the last round is validated, too
     models_sent = validations * min(evaluation.users or users, users) + users
@@ -103,7 +104,7 @@ def expected_rows(experiment: Experiment, items: int, mean_length: float) -> flo
         An upper estimate: repeated items count as distinct, and no negative coincides with another or with a positive.
     """
     loss, local, longest = experiment.loss, experiment.federation.local, experiment.model.max_length
-    if isinstance(loss, SoftmaxLoss):
+    if _whole(experiment):
         return items
     events = max(mean_length - _HELD_OUT, 0.0)
     passes = local.epochs or local.steps or 1
@@ -115,8 +116,13 @@ def expected_rows(experiment: Experiment, items: int, mean_length: float) -> flo
         positions = max(events - 1, 0.0)
         negatives = passes * (positions if local.epochs else min(positions, longest))
     else:
-        negatives = loss.negatives
+        negatives = getattr(loss, "negatives", 0)
     return min(items, distinct + negatives)
+
+
+def _whole(experiment: Experiment) -> bool:
+    """Whether every item row travels: all are trained, or all are noised."""
+    return isinstance(experiment.loss, SoftmaxLoss) or on_device(experiment.privacy) is not None
 
 
 def render(forecast: dict[str, int | float]) -> Table:

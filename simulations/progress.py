@@ -101,7 +101,7 @@ def _warner(console: Console) -> Observer:
 
 
 def _speed(record: dict[str, Any]) -> str:
-    return f"{record['clients'] / record['seconds']:,.0f}"
+    return f"{record['clients'] / record['seconds']:,.0f}" if "seconds" in record else "–"
 
 
 def _number(value: float | None, digits: int = 3) -> str:

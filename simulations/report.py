@@ -109,8 +109,8 @@ def render_card(console: Console, facts: dict[str, Any], heading: str = "Privacy
         "protected": f"{facts['unit']}; {facts['relation']}",
         "from": facts["adversary"],
         "mechanism": f"clip {facts['clipping_norm']:g}, noise multiplier {facts['noise_multiplier']:.4g}, "
-        f"{facts['sampler']} sampling at {facts['sampling_rate']:.3g}, {facts['rounds']:,} rounds, "
-        f"{facts['users']:,} users",
+        + _sampling(facts)
+        + f", {facts['rounds']:,} rounds, {facts['users']:,} users",
         "account": facts["accountant"],
         "noise/clip": f"{facts['noise_over_clip']:.2f} on the mean update; signal to noise at most "
         + _ratio(facts["snr"]),
@@ -123,6 +123,14 @@ def render_card(console: Console, facts: dict[str, Any], heading: str = "Privacy
     console.print(grid)
     for line in advice(facts):
         console.print(Padding(Text(line, "yellow"), (0, 1)))
+    if facts.get("on_device"):
+        render_card(console, facts["on_device"], "What devices add against the server itself")
+
+
+def _sampling(facts: dict[str, Any]) -> str:
+    often = f"; nobody takes part more than {facts['participations']:,} times" if "participations" in facts else ""
+    amplified = facts["sampling_rate"] < 1 or not often
+    return (f"{facts['sampler']} sampling at {facts['sampling_rate']:.3g}" if amplified else "no sampling") + often
 
 
 def _ratio(value: float | None) -> str:

@@ -70,7 +70,7 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
             rundir.check_manifest(folder, experiment, data)
         else:
             rundir.write_manifest(folder, experiment, data)
-        spent = sum(line["seconds"] for line in read(folder))  # by the processes that were stopped
+        spent = sum(line.get("seconds", 0.0) for line in read(folder))  # by the processes that were stopped
         with watching(console, experiment.federation.rounds) as observe, _stoppable() as stopping:
             serving = partial(
                 serve, experiment=experiment, folder=folder, observe=observe, resume=resume, stopping=stopping
@@ -110,7 +110,7 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         "test": test,
         "baselines": {name: figures(baseline) for name, baseline in ranks.items()},
         "seconds": seconds,
-        "clients_per_second": _ratio(sum(r["clients"] for r in trained), sum(r["seconds"] for r in trained)),
+        "clients_per_second": _ratio(sum(r["clients"] for r in trained), sum(r.get("seconds", 0.0) for r in trained)),
         "peak_rss_mb": peak_memory_mb(),
         "bytes_up_per_client": _ratio(sum(r.get("bytes_up_per_client", 0) for r in trained), len(trained)),
         "bytes_down_per_client": outcome.bytes_down,
@@ -125,11 +125,12 @@ def told_as_is(experiment: Experiment) -> bool:
 
 
 def _phases(trained: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean seconds of a round by phase, the slowest first; `rest` is what no phase claims."""
+    """Mean seconds of a round by phase, the slowest first; `rest` is what no phase claims. None where not told."""
     totals: Counter[str] = Counter()
     for line in trained:
-        totals.update(line["phases"])
-        totals["rest"] += line["seconds"] - sum(line["phases"].values())
+        if "phases" in line:
+            totals.update(line["phases"])
+            totals["rest"] += line["seconds"] - sum(line["phases"].values())
     return {name: seconds / len(trained) for name, seconds in totals.most_common()}
 
 

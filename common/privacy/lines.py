@@ -1,7 +1,7 @@
 """Append-only files of what has been spent: a line is on the disk before the release, and none is ever taken back."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ def write(path: Path, line: Mapping[str, Any]) -> None:
     append_line(path, json_text(line), sync=True)
 
 
-def read(path: Path, keys: Mapping[str, type], start: int = 0, before: int = 0) -> tuple[list[dict[str, Any]], int]:
+def read(path: Path, valid: Callable[[Any], bool], start: int = 0, before: int = 0) -> tuple[list[dict[str, Any]], int]:
     """All lines, or those from some place on.
 
     Parameters
     ----------
     path : Path
         The file; one that is missing has no lines.
-    keys : mapping of str to type
-        What each line must hold.
+    valid : callable
+        Whether something is a line of this file; it may raise KeyError or TypeError instead.
     start : int
         Bytes to pass over, from an earlier call.
     before : int
@@ -54,7 +54,7 @@ def read(path: Path, keys: Mapping[str, type], start: int = 0, before: int = 0) 
     for number, row in enumerate(content.splitlines(), before + 1):
         try:
             line = json.loads(row)
-            if not all(isinstance(line[name], kind) for name, kind in keys.items()):
+            if not valid(line):
                 raise ValueError("something else")
         except (ValueError, KeyError, TypeError) as fault:
             raise StateError(

@@ -6,6 +6,7 @@ independent Gaussians of half the scale, which makes the search for such holes i
 """
 
 import os
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -93,14 +94,20 @@ def torch_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
     RuntimeError
         Where this version of torch keeps its state otherwise than we write it.
     """
-    twister = torch.Generator()
-    state = twister.manual_seed(0).get_state().numpy()
-    words = state[_STATE].view(np.uint64)
-    if not np.array_equal(words[:2], np.random.RandomState(0).get_state(legacy=False)["state"]["key"][:2]):
-        raise RuntimeError(f"torch {torch.__version__} keeps the state of its generator in another way")
-    words[:] = generator(seed, purpose, *keys).integers(2**32, size=len(words), dtype=np.uint64)
+    twister, state = torch.Generator(), _template().copy()
+    state[_STATE].view(np.uint64)[:] = generator(seed, purpose, *keys).bit_generator.random_raw(624) >> np.uint64(32)
     twister.set_state(torch.from_numpy(state))
     return twister
+
+
+@cache
+def _template() -> NDArray[np.uint8]:
+    """A state of torch's generator, from which the next draw will make all words anew."""
+    state = torch.Generator().manual_seed(0).get_state().numpy()
+    words = state[_STATE].view(np.uint64)
+    if not np.array_equal(words, np.random.RandomState(0).get_state(legacy=False)["state"]["key"]):
+        raise RuntimeError(f"torch {torch.__version__} keeps the state of its generator in another way")
+    return state
 
 
 def _box_muller(n: int) -> Floats:

@@ -87,7 +87,7 @@ class ExampleLevel(_OnDevice):
     """Selects this mode."""
     segment: Annotated[int, Field(ge=2)] = 10
     """Events of a segment, counted from the start of the history; it is trained on without what came before it."""
-    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Probability that a segment is in a local step, on its own and in secret."""
     examples: Positive = 4
     """What a step's sum of clipped gradients is divided by, the same for all users, since their number of segments is

@@ -135,7 +135,7 @@ def test_a_full_disk_releases_nothing(monkeypatch, tmp_path):
         raise StateError("no space left on device")
 
     made = private.strategy(setup(evaluation={"privacy": "noised"}), USERS, folder=tmp_path)
-    monkeypatch.setattr("server.ledger.append_line", full)
+    monkeypatch.setattr("common.privacy.lines.append_line", full)
     for attempt in (
         lambda: made.aggregate_train(1, []),
         lambda: made.curator.figures(np.array([1.0]), 1, 1, [10]),

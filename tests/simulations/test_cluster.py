@@ -101,7 +101,7 @@ def test_a_worker_needs_its_copy_no_longer(files, monkeypatch):
     for task, arguments in (("solve", (users[:20], 1, None, None)), ("rank", (users, "test"))):
         found, wanted = member.work(sent, task, arguments), getattr(own, task)(weights, *arguments)
         for one, two in zip(found, wanted, strict=True):
-            np.testing.assert_array_equal(one, two)
+            np.testing.assert_equal(one, two)
 
 
 # --- two nodes -------------------------------------------------------------------------------------------------------
