@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from client.accounts import Accounts
 from client.device import Device
 from common.config import Experiment, experiment_hash
 from common.data.prepare import prepare
@@ -27,6 +28,7 @@ from common.errors import UsageError
 from common.metrics import point
 from common.models.shapes import ITEM_TABLE
 from common.models.weights import Weights, initialise, named
+from common.privacy.schema import on_device
 from common.wire import METRICS, UPDATE, record, whole_number
 from server.aggregation import admit, weigh, weighted_sum
 from server.roster import Roster
@@ -38,8 +40,9 @@ from simulations.engines import play
 
 ROUNDS, WARM_UP, LOCAL_STEPS, COHORT = 50, 5, 5, 32
 """Rounds of (b) and (c); rounds before (a), local steps and users in it."""
-UPDATE_BOUND, WEIGHT_BOUND, METRIC_BOUND = 1e-6, 1e-4, 5e-4
-"""Largest difference of an update's number, of a weight after `ROUNDS` rounds of Adam, of a test metric."""
+UPDATE_BOUND, NOISED_BOUND, WEIGHT_BOUND, METRIC_BOUND = 1e-6, 1e-5, 1e-4, 5e-4
+"""Largest difference of an update's number, of one that devices noised (by Opacus, on their own), of a weight after
+`ROUNDS` rounds of Adam, of a test metric."""
 SGD = {"kind": "fedavg", "lr": 1.0}
 """Settings of a server that adds the mean update."""
 
@@ -81,8 +84,10 @@ def certify(experiment: Experiment, report: Report = lambda text: None) -> list[
         raise UsageError(f"loss.kind={experiment.loss.kind}: certified are {' and '.join(centralised.LOSSES)}")
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
-    device = Device.open(parity_mode(experiment), prepare(experiment.data))
-    checks = [*_engines(device, report)]
+    data = prepare(experiment.data)
+    device = Device.open(parity_mode(experiment), data)
+    private = experiment.privacy.kind != "none"
+    checks = [*_engines(Device.open(private_mode(experiment), data) if private else device, report)]
     report(f"{ROUNDS} federated rounds")
     outcome = _federated(device)
     return [*checks, *_centralised(device, outcome, report), *_drift(device, outcome, report)]
@@ -96,13 +101,22 @@ def parity_mode(experiment: Experiment) -> Experiment:
     local = {"steps": 1, "lr": 1.0, "window": experiment.federation.local.window}
     federation = {"rounds": ROUNDS, "weighting": "events", "local": local, "optimizer": adam}
     evaluation = {"every": ROUNDS, "patience": None, "users": None, "test_users": None}
-    return altered(experiment, federation=federation, evaluation=evaluation)
+    return altered(experiment, federation=federation, evaluation=evaluation, privacy={"kind": "none"})
+
+
+def private_mode(experiment: Experiment) -> Experiment:
+    """The same experiment for (a) under its privacy mode, with noise that all engines can draw again."""
+    privacy = experiment.privacy.model_dump(mode="json") | {"rng": "reproducible"}
+    if privacy.get("on_device"):
+        privacy["on_device"] |= {"rng": "reproducible"}
+    return altered(experiment, privacy=privacy, evaluation={"privacy": "unaccounted"})
 
 
 def altered(experiment: Experiment, **sections: dict[str, Any]) -> Experiment:
-    """An experiment with some keys of its sections replaced, validated again."""
+    """An experiment with some keys of its sections replaced, validated again; `privacy` is replaced as a whole."""
     values = experiment.model_dump(mode="json")
-    return Experiment.model_validate(values | {name: values[name] | section for name, section in sections.items()})
+    merged = {name: section if name == "privacy" else values[name] | section for name, section in sections.items()}
+    return Experiment.model_validate(values | merged)
 
 
 def _engines(device: Device, report: Report) -> Iterator[Check]:
@@ -110,6 +124,7 @@ def _engines(device: Device, report: Report) -> Iterator[Check]:
     report("a few rounds to begin with")
     young = _with(device, federation={"rounds": WARM_UP}, evaluation={"every": WARM_UP})
     start = _federated(young).weights
+    bound = UPDATE_BOUND if on_device(device.experiment.privacy) is None else NOISED_BOUND
     engines = ["sequential"] + (["ray"] if importlib.util.find_spec("ray") else [])
     for steps, lr in ((1, 1.0), (LOCAL_STEPS, 0.2)):
         here = _with(device, federation={"cohort": COHORT, "local": {"steps": steps, "lr": lr}})
@@ -123,13 +138,13 @@ def _engines(device: Device, report: Report) -> Iterator[Check]:
             name, others = f"each update, {steps} local step(s): vectorized = {engine}", updates[engine][0]
             if singles and singles.keys() == others.keys():
                 gaps = [_gap(singles[user], other) for user, other in others.items()]
-                yield Check(name, float(np.max(gaps)), UPDATE_BOUND)  # of Python's own maximum NaN may come out unseen
+                yield Check(name, float(np.max(gaps)), bound)  # of Python's own maximum NaN may come out unseen
             else:
-                yield Check(name, None, UPDATE_BOUND, f"{len(singles)} and {len(others)} users answered")
+                yield Check(name, None, bound, f"{len(singles)} and {len(others)} users answered")
         if "ray" not in engines:
             yield Check(f"each update, {steps} local step(s): vectorized = ray", None, None, "needs the ray extra")
         _, mean, _ = updates["sequential"]
-        yield Check(f"mean update, {steps} local step(s): as summed = one by one", _gap(summed, mean), UPDATE_BOUND)
+        yield Check(f"mean update, {steps} local step(s): as summed = one by one", _gap(summed, mean), bound)
 
 
 def _updates(grid: Grid, experiment: Experiment, weights: Weights) -> tuple[dict[int, Weights], Weights, Weights]:
@@ -138,7 +153,7 @@ def _updates(grid: Grid, experiment: Experiment, weights: Weights) -> tuple[dict
     strategy = FederatedRanking(experiment, roster, Weights(*(part.clone() for part in weights)))
     sent = strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid)
     replies = [reply for reply in grid.send_and_receive(sent) if not reply.has_error()]
-    good, _ = admit(replies, weights, roster)
+    good, _ = admit(replies, weights, roster, strategy.curator.silent)
     importance = weigh(good, experiment.federation)
     importance /= importance.sum()
     share = dict(zip((reply.user for reply in good), importance.tolist(), strict=True))
@@ -195,7 +210,7 @@ def _drift(device: Device, outcome: Outcome, report: Report) -> Iterator[Check]:
 
 
 def _with(device: Device, **sections: dict[str, Any]) -> Device:
-    return replace(device, experiment=altered(device.experiment, **sections))
+    return replace(device, experiment=altered(device.experiment, **sections), accounts=Accounts())
 
 
 def _federated(device: Device) -> Outcome:
