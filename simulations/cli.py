@@ -10,24 +10,15 @@ from typing import Annotated, Any
 import typer
 from click.exceptions import ClickException, NoArgsIsHelpError
 from click.exceptions import UsageError as BadCommandLine
-from rich.console import Console
 
 from common.config import Experiment
 from common.errors import HushrecError, Interrupted, UsageError
-from common.files import json_text
+from simulations.cli_data import app as data_app
+from simulations.terminal import AsJson, Config, Overrides, Screen, hush, print_json, read_experiment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, help="Prepare, describe and download data sets.")
 app.add_typer(data_app, name="data")
 
-Config = Annotated[Path, typer.Argument(help="An experiment's YAML file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Overrides by dotted key, such as [cyan]federation.rounds=50 model.dim=32[/].", show_default=False
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else on stderr.")]
 RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
 
 
@@ -45,7 +36,7 @@ def _hushrec(
 ) -> None:
     """Federated, privacy-preserving recommendation: every user is one Flower client.
 
-    Exit codes: 0 done, 1 failed, 2 bad use, configuration or data, 130 stopped and resumable.
+    Exit codes: 0 done, 1 failed, 2 bad use, configuration or data, 3 privacy budget spent, 130 stopped and resumable.
     """
 
 
@@ -71,17 +62,17 @@ def run(
         raise UsageError("--out: a resumed run stays in its own directory; leave it away")
     from simulations import rundir
 
-    experiment = _load(config, overrides) if config else rundir.reopen(resume or Path(), overrides or [])
+    experiment = read_experiment(config, overrides) if config else rundir.reopen(resume or Path(), overrides or [])
     folder = resume or rundir.create(experiment, out)
     result = rundir.result(folder) or _train(experiment, folder, resume is not None, quiet, as_json)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         from simulations.report import render, render_phases
 
-        render(_Screen(), result)
+        render(Screen(), result)
         if profile:
-            render_phases(_Screen(), result["phases"])
+            render_phases(Screen(), result["phases"])
 
 
 @app.command()
@@ -89,7 +80,7 @@ def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     """Print the resolved experiment and what it would cost, without training."""
     from common.loading import dump
 
-    experiment = _load(config, overrides)
+    experiment = read_experiment(config, overrides)
     if not as_json:
         typer.echo(dump(experiment))
     from common.data.prepare import describe
@@ -101,19 +92,19 @@ def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 
     privacy = planned(experiment, kept["users"], int(cost["parameters"]))
     if as_json:
-        _print_json({"experiment": experiment.model_dump(mode="json"), "forecast": cost, "privacy": privacy})
+        print_json({"experiment": experiment.model_dump(mode="json"), "forecast": cost, "privacy": privacy})
     else:
-        _Screen().print(render(cost))
+        Screen().print(render(cost))
         if privacy["epsilon"] is not None:
             from simulations.report import render_card
 
-            render_card(_Screen(), privacy, "Privacy, when the run is over")
+            render_card(Screen(), privacy, "Privacy, when the run is over")
 
 
 @app.command()
 def validate(config: Config, overrides: Overrides = None) -> None:
     """Check an experiment's YAML; all faults at once, each with file, line and key."""
-    experiment = _load(config, overrides)
+    experiment = read_experiment(config, overrides)
     typer.echo(f"{config}: a valid experiment, {experiment.name!r}")
 
 
@@ -122,7 +113,7 @@ def schema() -> None:
     """Print the JSON Schema of an experiment, for editors."""
     from common.wording import json_schema
 
-    _print_json(json_schema())
+    print_json(json_schema())
 
 
 @app.command()
@@ -139,11 +130,11 @@ def evaluate(
 
     figures = evaluate_run(folder, "validation" if split == "validation" else "test", ranks)
     if as_json:
-        _print_json(figures)
+        print_json(figures)
     else:
         from simulations.report import render_evaluation
 
-        render_evaluation(_Screen(), figures)
+        render_evaluation(Screen(), figures)
 
 
 @app.command()
@@ -164,11 +155,11 @@ def recommend(
     trained = Trained(folder)
     items = trained.for_user(user, k) if user is not None else trained.for_history(_items(history or ""), k)
     if as_json:
-        _print_json({"user": user, "items": items})
+        print_json({"user": user, "items": items})
     else:
         from simulations.report import render_items
 
-        render_items(_Screen(), items)
+        render_items(Screen(), items)
 
 
 @app.command()
@@ -177,12 +168,12 @@ def certify(config: Config, overrides: Overrides = None, as_json: AsJson = False
     from simulations.certify import certify as make
     from simulations.report import render_checks
 
-    checks = make(_load(config, overrides), _Screen(stderr=True).print)
+    checks = make(read_experiment(config, overrides), Screen(stderr=True).print)
     passed = all(check.passed for check in checks)
     if as_json:
-        _print_json({"checks": [{**check._asdict(), "passed": check.passed} for check in checks], "passed": passed})
+        print_json({"checks": [{**check._asdict(), "passed": check.passed} for check in checks], "passed": passed})
     else:
-        render_checks(_Screen(), checks)
+        render_checks(Screen(), checks)
     if not passed:
         raise typer.Exit(1)
 
@@ -193,11 +184,11 @@ def pooled(config: Config, overrides: Overrides = None, as_json: AsJson = False)
     from simulations import pooled as loop
     from simulations.report import render_pooled
 
-    result = loop.train(_load(config, overrides), _Screen(stderr=True).print)
+    result = loop.train(read_experiment(config, overrides), Screen(stderr=True).print)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
-        render_pooled(_Screen(), result)
+        render_pooled(Screen(), result)
 
 
 @app.command()
@@ -224,49 +215,11 @@ def bench(
     from simulations.report import render_bench
 
     workers = (os.cpu_count() or 1) if workers is None else workers
-    found = measure(workload, _items(engines), repeats, workers, _Screen(stderr=True).print)
+    found = measure(workload, _items(engines), repeats, workers, Screen(stderr=True).print)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        render_bench(_Screen(), found)
-
-
-@data_app.command("prepare")
-def data_prepare(config: Config, overrides: Overrides = None) -> None:
-    """Read, filter and split a data set into memory-mapped arrays; reused as long as nothing changes."""
-    from common.data.prepare import bad_rows, prepare
-
-    folder = prepare(_load(config, overrides).data)
-    _note(bad_rows(folder))
-    typer.echo(folder)
-
-
-@data_app.command("describe")
-def data_describe(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Count users, items and events, as read and after the filters."""
-    from common.data.prepare import bad_rows, describe, prepare
-
-    data = _load(config, overrides).data
-    facts = describe(data)
-    _note(bad_rows(prepare(data)))
-    if as_json:
-        _print_json(facts)
-    else:
-        from simulations.report import render_data
-
-        render_data(_Screen(), facts)
-
-
-@data_app.command("download")
-def data_download(
-    name: Annotated[str, typer.Argument(help="ml-100k, ml-1m or ml-latest-small.")],
-    to: Annotated[Path | None, typer.Option(help="Folder; by default $HUSHREC_DATA, else ./data.")] = None,
-) -> None:
-    """Fetch a MovieLens data set from its official address, and say under which terms."""
-    from simulations.download import download, licence
-
-    typer.echo(licence(name), err=True)
-    typer.echo(download(name, to or Path(os.environ.get("HUSHREC_DATA") or "data")))
+        render_bench(Screen(), found)
 
 
 def main() -> None:
@@ -299,10 +252,10 @@ def _exit_code() -> int:
         code = _explain(f"out of memory: {fault}; lower model.dim, data.items or federation.cohort", 1)
     except OSError as fault:
         if fault.filename is None:  # a write to stdout failed, as on a full disk
-            _hush(sys.stdout.fileno())
+            hush(sys.stdout.fileno())
         code = _explain(f"{fault.filename or 'standard output'}: {fault.strerror}", 1)
     except SystemExit:  # click's answer where the reader of stdout, such as `head`, has seen enough
-        _hush(sys.stdout.fileno())
+        hush(sys.stdout.fileno())
     return code if isinstance(code, int) else 0
 
 
@@ -312,45 +265,17 @@ def _explain(text: str, exit_code: int) -> int:
     return exit_code
 
 
-class _Screen(Console):
-    """A console whose reader, such as `head`, may leave before the end; the run goes on without it."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        _hush(self.file.fileno())
-
-
-def _hush(descriptor: int) -> None:
-    """Let everything that is still written there vanish, or Python would complain about it once more on leaving."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
-def _load(config: Path, overrides: list[str] | None) -> Experiment:
-    from common.loading import load
-
-    return load(config, overrides or [])
-
-
 def _train(experiment: Experiment, folder: Path, resume: bool, quiet: bool, as_json: bool) -> dict[str, Any]:
     try:
         from simulations.runner import run as run_experiment
 
-        return run_experiment(experiment, folder, _Screen(stderr=True, quiet=quiet), resume)
+        return run_experiment(experiment, folder, Screen(stderr=True, quiet=quiet), resume)
     except (Interrupted, KeyboardInterrupt) as stop:
         if as_json:
-            _print_json({"run_dir": str(folder), "status": "stopped"})
+            print_json({"run_dir": str(folder), "status": "stopped"})
         why = str(stop) or "stopped at once"
         raise Interrupted(f"{why}; go on with: hushrec run --resume {shlex.quote(str(folder))}") from stop
 
 
-def _note(text: str) -> None:
-    if text:
-        typer.echo(text, err=True)
-
-
 def _items(history: str) -> list[str]:
     return [item.strip() for item in history.split(",") if item.strip()]
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json_text(value, indent=2))

@@ -37,8 +37,8 @@ BAD = {  # text after MINIMAL (two lines) -> the line about it
     "federation:\n  rounds: -5": "x.yaml:4: federation.rounds: -5 is not allowed; must be a whole number ≥ 0",
     "federation:\n  rond: 5": "x.yaml:4: federation.rond: unknown key; did you mean rounds?",
     "federation: {cohort: 0}": "x.yaml:3: federation.cohort: 0 is not allowed; must be a whole number > 0",
-    "federation: {sampling: poison}": "x.yaml:3: federation.sampling: poison is not allowed; must be fixed, poisson or passes"
-    "; did you mean poisson?",
+    "federation: {sampling: poison}": "x.yaml:3: federation.sampling: poison is not allowed; "
+    "must be fixed, poisson or passes; did you mean poisson?",
     "federation: {optimizer: {lr: 1}}": f"x.yaml:3: federation.optimizer.kind: is missing; must be {OPTIMIZERS}",
     "federation: {optimizer: {kind: adam}}": f"x.yaml:3: federation.optimizer.kind: adam is not allowed; "
     f"must be {OPTIMIZERS}; did you mean fedadam?",

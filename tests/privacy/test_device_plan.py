@@ -4,28 +4,24 @@ from math import sqrt
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from opacus.accountants import create_accountant
 from pydantic import ValidationError
 
-from common.config import FederationConfig
 from common.errors import UsageError
 from common.privacy.accounting import default_delta
 from common.privacy.card import advice, card, planned
-from common.privacy.devices import device_card, planned_participations, settle
+from common.privacy.devices import device_card, settle
 from server.curator import DeviceCurator, PrivateCurator, curator
-from server.sampling import cohort
 from tests.privacy import alone, private
 from tests.privacy.test_accounting import analytic
 from tests.support import world
 
 DELTA = 1e-5
 KINDS = pytest.mark.parametrize("kind", ["local", "example-level"])
-ON_DEVICE = {"kind": "example-level", "noise_multiplier": 2.0, "delta": DELTA}
+ON_DEVICE = {"kind": "example-level", "noise_multiplier": 20.0, "delta": DELTA}
 
 
-def setup(kind="local", z=2.0, *, privacy=None, **sections):
+def setup(kind="local", z=20.0, *, privacy=None, **sections):
     price = {} if "target_epsilon" in (privacy or {}) else {"noise_multiplier": z}
     return alone.experiment(kind, privacy={"delta": DELTA, **price, **(privacy or {})}, **sections)
 
@@ -49,12 +45,13 @@ def test_nothing_costs_nothing_and_no_noise_everything(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("target", [0.5, 8.0])
-@pytest.mark.parametrize("most", [1, 12])
+@pytest.mark.filterwarnings("ignore:Optimal order")
+@pytest.mark.parametrize("target", [0.3, 3.0])
+@pytest.mark.parametrize("most", [1, 8])
 def test_a_target_is_met_by_all_participations_together(kind, target, most):
     privacy = {"target_epsilon": target, "participations": most}
     rate = {"sampling_rate": 0.5} if kind == "example-level" else {}
-    experiment = setup(kind, privacy={**privacy, **rate}, federation={"local": {"steps": 3}})
+    experiment = setup(kind, privacy={**privacy, **rate}, federation={"local": {"steps": 2}})
     terms = settle(experiment)
     assert 0.99 * target <= terms.cost(most, DELTA) <= target
     assert terms.cost(most + 1, DELTA) > terms.cost(most, DELTA)
@@ -63,7 +60,7 @@ def test_a_target_is_met_by_all_participations_together(kind, target, most):
         expected = analytic(z / (2 * sqrt(most)), DELTA)
     else:
         accountant = create_accountant("prv")
-        accountant.history = [(z, 0.5, 3 * most)]
+        accountant.history = [(z, 0.5, 2 * most)]
         expected = accountant.get_epsilon(delta=DELTA)
     assert terms.cost(most, DELTA) == pytest.approx(expected, rel=0.01, abs=0.011)
 
@@ -71,7 +68,7 @@ def test_a_target_is_met_by_all_participations_together(kind, target, most):
 @KINDS
 def test_what_the_server_says_of_the_federation_changes_no_noise(kind):
     """A device believes its own configuration only."""
-    privacy = {"target_epsilon": 4.0, "participations": 5}
+    privacy = {"target_epsilon": 1.0, "participations": 2}
     plain = settle(setup(kind, privacy=privacy))
     for federation in ({"rounds": 10**6}, {"cohort": 1}, {"sampling": "passes"}, {"sampling": "poisson"}):
         assert settle(setup(kind, privacy=privacy, federation=federation)) == plain
@@ -79,7 +76,7 @@ def test_what_the_server_says_of_the_federation_changes_no_noise(kind):
 
 def test_a_target_out_of_reach_is_refused():
     with pytest.raises(UsageError, match="no noise reaches it"):
-        settle(setup(privacy={"target_epsilon": 1e-5, "participations": 10**6, "delta": 1e-12}))
+        settle(setup(privacy={"target_epsilon": 1e-5, "participations": 1, "delta": 1e-12}))
 
 
 def test_modes_in_which_devices_do_nothing_have_no_terms():
@@ -155,74 +152,6 @@ def test_only_examples_are_protected_on_top_of_users():
         private.experiment(privacy={"on_device": {"kind": "local", "noise_multiplier": 1.0}})
 
 
-# --- who takes part how often ----------------------------------------------------------------------------------------
-
-
-def federation(size, rounds=1):
-    return FederationConfig(sampling="passes", cohort=size, rounds=rounds)
-
-
-def counts(size, population, rounds, seed=0):
-    drawn = [cohort(federation(size), population, seed, round_) for round_ in range(1, rounds + 1)]
-    assert all((np.diff(users) > 0).all() and users.dtype == np.int64 for users in drawn)
-    assert all(len(users) <= min(size, population) for users in drawn)
-    return np.bincount(np.concatenate(drawn), minlength=population), drawn
-
-
-def test_a_pass_by_hand():
-    taken, drawn = counts(3, 12, 8)
-    assert taken.tolist() == [2] * 12
-    for half in (drawn[:4], drawn[4:]):
-        assert sorted(np.concatenate(half).tolist()) == list(range(12))
-    assert [users.tolist() for users in drawn[:4]] != [users.tolist() for users in drawn[4:]]
-    assert counts(3, 12, 8, seed=1)[1][0].tolist() != drawn[0].tolist()
-
-
-@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**32))
-def test_where_rounds_fit_into_passes_all_take_part_as_often(size, parts, rounds, seed):
-    taken, drawn = counts(size, size * parts, rounds, seed)
-    assert {len(users) for users in drawn} == {size}
-    assert taken.min() == rounds // parts
-    assert taken.max() == -(-rounds // parts)
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32), st.integers(1, 9))
-def test_nobody_takes_part_more_often_than_planned(population, size, rounds, seed, most):
-    taken, drawn = counts(size, population, rounds, seed)
-    experiment = setup(federation={"sampling": "passes", "cohort": size, "rounds": rounds})
-    bound = planned_participations(experiment, population)
-    assert taken.max() <= bound == -(-rounds * min(size, population) // population)
-    limited = experiment.privacy.model_copy(update={"participations": most})
-    assert planned_participations(experiment.model_copy(update={"privacy": limited}), population) == min(most, bound)
-    lost = rounds * min(size, population) - sum(map(len, drawn))  # who would have come twice
-    assert taken.min() >= rounds * min(size, population) // population - lost
-
-
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 200), st.integers(0, 2**32))
-def test_a_round_is_a_function_of_its_number(population, size, round_, seed):
-    """So a resumed run goes on as it would have."""
-    first = cohort(federation(size), population, seed, round_).tolist()
-    for other in (1, round_ + 1, 3 * round_):
-        cohort(federation(size), population, seed + 1, other)
-        cohort(federation(size, 7), population, seed, other)
-    assert cohort(federation(size), population, seed, round_).tolist() == first
-
-
-@pytest.mark.xfail(strict=True, reason="who would come twice in a round that lies in two passes loses a turn for good")
-def test_all_take_part_as_often_where_rounds_do_not_fit_into_passes():
-    taken, _ = counts(2, 3, 300)
-    assert taken.tolist() == [200] * 3
-
-
-@pytest.mark.parametrize(("sampling", "most"), [("fixed", 40), ("poisson", 40), ("passes", 14)])
-def test_the_plan_by_hand(sampling, most):
-    experiment = setup(federation={"sampling": sampling, "cohort": 4, "rounds": 40})
-    assert planned_participations(experiment, 12) == most
-    assert planned_participations(experiment, 3) == 40  # a cohort of all
-    limited = setup(privacy={"participations": 5}, federation={"sampling": sampling, "cohort": 4, "rounds": 40})
-    assert planned_participations(limited, 12) == 5
-
-
 # --- the card --------------------------------------------------------------------------------------------------------
 
 KEYS = {"unit", "relation", "adversary", "sampler", "accountant", "noise_multiplier", "clipping_norm", "sampling_rate"}
@@ -261,7 +190,7 @@ def test_the_noise_of_the_card_is_that_of_the_mean_update(kind):
     """Over the most that an update can measure: C, or with examples what S steps of all of them can make."""
     steps = 4 if kind == "example-level" else 1
     experiment = setup(kind, federation={"cohort": 3, "local": {"steps": steps, "lr": 1.0}})
-    noise = alone.updates(experiment, [[]] * 3)
+    noise = alone.updates(experiment, [[0]] * 3)
     mean = np.mean(list(noise.values()), axis=0)
     most = 0.1 if kind == "local" else steps * 0.1
     told = device_card(experiment, 12, len(mean), 1, 1)["noise_over_clip"]

@@ -148,7 +148,7 @@ def test_training_is_what_a_slow_loop_makes(loss, steps, z, bound, lr):
 def test_chunks_of_any_size_give_the_same(loss, monkeypatch):
     experiment = noisy(loss, steps=2, model={"dropout": 0.2}, sampling_rate=0.7)
     whole = alone.chunks(experiment, HISTORIES)
-    monkeypatch.setattr(cohort, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(cohort, "SEGMENT_BYTES", 4000)
     single = alone.chunks(experiment, HISTORIES)
     assert len(whole) == 1
     assert len(single) >= 3

@@ -2,17 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from opacus.accountants import create_accountant
 from pydantic import ValidationError
-from torch import nn
 
 from client import device as devices
-from client import examples, opacus_training
-from client.opacus_module import TiedSASRec
-from client.opacus_training import hooked, opacus_is_right
-from client.self_test import self_test, stacked, stacked_is_right
+from client import opacus_training
+from client.opacus_training import opacus_is_right
+from client.self_test import stacked_is_right
 from common.errors import StateError
 from common.privacy.devices import settle
 from simulations.grid import InProcessGrid
@@ -129,133 +125,13 @@ def test_a_run_through_the_client_app_is_the_vectorised_one(loss, steps, monkeyp
         assert np.abs(alone.sent(a) - alone.sent(b)).max() < 1e-5
 
 
-# --- the self-test ---------------------------------------------------------------------------------------------------
-
-
-@EACH_LOSS
-@pytest.mark.parametrize("segment", [2, 4, 7])
-def test_both_engines_pass(loss, segment):
-    experiment = setup(loss, model={"blocks": 2}, segment=segment)
-    self_test(experiment, "vectorized", stacked)
-    opacus_is_right(experiment)
-
-
-class Functional(TiedSASRec):
-    """The output is tied by a function of the table and not by a layer."""
-
-    def __init__(self, *given):
-        super().__init__(*given)
-        del self.output
-        self.__dict__["output"] = lambda hidden: F.linear(hidden, self.item.weight)
-
-
-class OnePosition(TiedSASRec):
-    """Positions have no batch dimension."""
-
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.position.register_forward_pre_hook(lambda module, told: (told[0][0],))
-
-
-class RootParameter(TiedSASRec):
-    """The root module owns a parameter."""
-
-    def __init__(self, *given):
-        super().__init__(*given)
-        self.shift = nn.Parameter(torch.zeros(()))
-
-    def forward(self, *given):
-        found = super().forward(*given)
-        return found._replace(positive=found.positive + self.shift, negative=found.negative + self.shift)
-
-
-class Untied(TiedSASRec):
-    """What is scored does not learn."""
-
-    def forward(self, events, negatives, private, masks):
-        found = super().forward(events, negatives, private, masks)
-        return found._replace(negative=found.negative.detach())
-
-
-class Undropped(TiedSASRec):
-    def forward(self, events, negatives, private, masks):
-        return super().forward(events, negatives, private, None)
-
-
-FAULTS = [
-    (Functional, "softmax"),
-    (RootParameter, "softmax"),
-    *((fault, loss) for fault in (OnePosition, Untied, Undropped) for loss in world.LOSSES),
-]
-
-
-@pytest.mark.parametrize(("fault", "loss"), FAULTS)
-def test_what_opacus_gets_wrong_is_not_trained_with(fault, loss, monkeypatch):
-    """Each time anew: a refusal is not remembered as a pass."""
-    monkeypatch.setattr(opacus_training, "TiedSASRec", fault)
-    monkeypatch.setattr(opacus_training, "one", lambda *given: pytest.fail("trained"))
-    for _ in range(2):
-        with pytest.raises(StateError, match="opacus: per-example gradients differ from a loop's"):
-            by_opacus(setup(loss))
-
-
-def test_losses_that_are_averaged_over_the_batch_are_refused(monkeypatch):
-    real = opacus_training.losses
-    monkeypatch.setattr(opacus_training, "losses", lambda *given: real(*given) / len(given[2].counts))
-    with pytest.raises(StateError, match="opacus"):
-        self_test(setup(), "opacus", hooked)
-
-
-def rolled(table, parts):
-    return table.roll(1, 0), parts
-
-
-def rolled_body(table, parts):
-    return table, [*parts[:-1], parts[-1].roll(1, 0)]
-
-
-def mean(table, parts):
-    return table.mean(0, keepdim=True).expand_as(table).clone(), parts
-
-
-def doubled(table, parts):
-    return table, [2 * parts[0], *parts[1:]]
-
-
-def short(table, parts):
-    table[-1, -1] = 0
-    return table, parts
-
-
-def broken(table, parts):
-    table[0] = torch.nan
-    return table, parts
-
-
-@EACH_LOSS
-@pytest.mark.parametrize("fault", [rolled, rolled_body, mean, doubled, short, broken])
-def test_a_fault_of_the_vectorised_engine_is_refused(fault, loss, monkeypatch):
-    real = examples.own_gradients
-
-    def wrong(*given):
-        table, parts, losses = real(*given)
-        return *fault(table, parts), losses
-
-    alone.updates(setup(loss), HISTORIES)
-    stacked_is_right.cache_clear()
-    monkeypatch.setattr(examples, "own_gradients", wrong)
-    for _ in range(2):
-        with pytest.raises(StateError, match="vectorized: per-example gradients differ"):
-            alone.updates(setup(loss), HISTORIES)
+# --- the account -----------------------------------------------------------------------------------------------------
 
 
 def test_steps_that_opacus_does_not_account_for_are_refused(monkeypatch):
     monkeypatch.setattr(opacus_training.OwnNoise, "attach_step_hook", lambda *given: None)
     with pytest.raises(StateError, match="accounted for 0 of 3"):
         by_opacus(setup(steps=3))
-
-
-# --- the account -----------------------------------------------------------------------------------------------------
 
 
 def accounted(kind, z, q, steps, delta):
