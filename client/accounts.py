@@ -50,10 +50,13 @@ class Accounts:
     def refresh(self) -> None:
         """Read what has been written since the last look."""
         if self.path:
-            new, self._bytes = lines.read(self.path, _is_participation, self._bytes, self._lines)
-            self._lines += len(new)
+            new, end = lines.read(self.path, _is_participation, self._bytes, self._lines)
             for line in new:
-                self._enter(line["users"], line["terms"])
+                self._agree(line["terms"])
+                self.terms = line["terms"]
+            for line in new:
+                self._taken.update(line["users"])
+            self._bytes, self._lines = end, self._lines + len(new)
 
     def pay(self, users: Sequence[int], round_: int, terms: Mapping[str, Any]) -> None:
         """Enter one participation of each user; only afterwards may their updates leave.
@@ -77,16 +80,13 @@ class Accounts:
             lines.write(self.path, {"round": round_, "users": users, "terms": terms})
             self.refresh()
         else:
-            self._enter(users, terms)
+            self.terms = terms
+            self._taken.update(users)
 
-    def remember(self, user: int, at_least: int) -> None:
-        """A count that is known from elsewhere, such as a Flower context's state."""
-        self._taken[user] = max(self._taken[user], at_least)
-
-    def _enter(self, users: Sequence[int], terms: Mapping[str, Any]) -> None:
+    def remember(self, user: int, taken: int, terms: Mapping[str, Any]) -> None:
+        """What is known from elsewhere, such as a Flower context's state."""
         self._agree(terms)
-        self.terms = terms
-        self._taken.update(users)
+        self.terms, self._taken[user] = terms, max(self._taken[user], taken)
 
     def _agree(self, terms: Mapping[str, Any]) -> None:
         if self.terms and self.terms != terms:
@@ -94,7 +94,9 @@ class Accounts:
 
 
 def _is_participation(line: Any) -> bool:
-    return isinstance(line["users"], list) and isinstance(line["terms"], dict)
+    return (
+        bool(line["terms"]) and isinstance(line["terms"], dict) and all(isinstance(user, int) for user in line["users"])
+    )
 
 
 def accounts_of(context: Context, user: int) -> Accounts:
@@ -102,13 +104,15 @@ def accounts_of(context: Context, user: int) -> Accounts:
     folder = str(context.node_config.get(STATE_PATH, ""))
     accounts = _open(Path(folder) / ACCOUNTS_FILE) if folder else Accounts()
     if RECORD in context.state:
-        accounts.remember(user, int(str(context.state.config_records[RECORD]["participations"])))
+        terms = dict(context.state.config_records[RECORD])
+        accounts.remember(user, int(str(terms.pop("participations"))), terms)
     return accounts
 
 
 def store(accounts: Accounts, context: Context, user: int) -> None:
     """Write a user's account into its Flower context's state, which Flower keeps from round to round."""
-    context.state[RECORD] = ConfigRecord({"participations": accounts.taken(user), **accounts.terms})
+    if accounts.terms:
+        context.state[RECORD] = ConfigRecord({"participations": accounts.taken(user), **accounts.terms})
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,6 @@
 """Messages in, replies out, for any number of users at once; the one place where client code meets Flower."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import inf
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecordValues
@@ -12,6 +11,7 @@ from client.training import Updates
 from common.data.sequences import Split
 from common.models.weights import Weights
 from common.privacy.devices import settle
+from common.privacy.plan import public_users
 from common.privacy.schema import on_device
 from common.timing import each
 from common.wire import (
@@ -50,38 +50,43 @@ def handle_train(messages: Sequence[Message], users: Sequence[int], device: Devi
         trouble is its own.
     """
     asked, replies = _admit(messages, users, device)
-    private = on_device(device.experiment.privacy)
+    private = on_device(device.experiment.privacy) is not None
     if private:
-        device.accounts.refresh()
-        for i in asked:
-            if device.accounts.taken(users[i]) >= (private.participations or inf):
-                replies[i] = _refusal(messages[i], f"took part {private.participations} times, and that was all")
-        asked = [i for i in asked if replies[i] is None]
+        asked = _willing(asked, messages, users, device, replies)
     if asked:
         first = messages[asked[0]].content
         weights = unpack(record(first, MODEL, ArrayRecord))
         told = record(first, ROUND, ConfigRecord)
-        round_, clip = int(str(told["round"])), told.get("clip")
+        round_, clip = int(str(told["round"])), float(str(told["clip"])) if "clip" in told else None
         place = {users[i]: i for i in asked}
         cohort = np.array(list(place), dtype=np.int64)
         if private:  # before anything can leave
             device.accounts.pay(cohort.tolist(), round_, settle(device.experiment).told)
-        trained = device.trainer(
-            device.experiment, weights, device.sequences, cohort, round_, None if clip is None else float(str(clip))
-        )
+        trained = device.trainer(device.experiment, weights, device.sequences, cohort, round_, clip)
         for updates in each("training", trained):
-            told_by_user = {name: values.tolist() for name, values in updates.facts.items()}
-            for i, user in enumerate(updates.users.tolist()):
-                facts = {"user": user, **{name: values[i] for name, values in told_by_user.items()}}
-                if private:
-                    facts["participations"] = device.accounts.taken(user)
-                replies[place[user]] = _update_reply(messages[place[user]], updates, i, weights, facts)
+            columns = {"user": updates.users, **updates.facts}
+            if private:
+                columns["participations"] = np.array([device.accounts.taken(user) for user in updates.users.tolist()])
+            for i, values in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
+                facts = dict(zip(columns, values, strict=True))
+                at = place[facts["user"]]
+                replies[at] = _update_reply(messages[at], updates, i, weights, facts)
     return _complete(messages, replies)
 
 
 def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: Device) -> list[Message]:
-    """Rank the held-out item of the users that messages address; arguments and result as in `handle_train`."""
+    """Rank the held-out item of the users that messages address; arguments and result as in `handle_train`.
+
+    Where devices do not trust the server and ranks are not given away, those of public users alone are told.
+    """
     asked, replies = _admit(messages, users, device)
+    evaluation = device.experiment.evaluation.privacy
+    if on_device(device.experiment.privacy) is not None and evaluation != "unaccounted":
+        public = set(public_users(device.experiment, device.sequences.population or len(device.sequences)).tolist())
+        for i in asked:
+            if users[i] not in public:
+                replies[i] = _refusal(messages[i], "the rank of a user who is not public stays on the device")
+        asked = [i for i in asked if replies[i] is None]
     if asked:
         first = messages[asked[0]].content
         cohort = np.array([users[i] for i in asked], dtype=np.int64)
@@ -133,6 +138,19 @@ def _admit(messages: Sequence[Message], users: Sequence[int], device: Device) ->
         if users[i] in damaged:
             replies[i] = _refusal(messages[i], "events on items outside the catalogue")
     return [i for i in asked if replies[i] is None], replies
+
+
+def _willing(
+    asked: list[int], messages: Sequence[Message], users: Sequence[int], device: Device, replies: list[Message | None]
+) -> list[int]:
+    """Positions of the users who have participations left, by their own account; refusals for the others."""
+    privacy = on_device(device.experiment.privacy)
+    device.accounts.refresh()
+    most = privacy.participations if privacy else None
+    for i in asked:
+        if most is not None and device.accounts.taken(users[i]) >= most:
+            replies[i] = _refusal(messages[i], f"took part {most} times, and that was all")
+    return [i for i in asked if replies[i] is None]
 
 
 def _complete(messages: Sequence[Message], replies: Sequence[Message | None]) -> list[Message]:

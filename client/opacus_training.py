@@ -46,6 +46,14 @@ class OwnNoise(DPOptimizer):
     noise: Callable[[int], Tensor]
     """Gives so many standard normal numbers, for one step."""
 
+    def clip_and_accumulate(self) -> None:
+        """As Opacus does, where a segment's gradient that is not finite is worth nothing, and not NaN."""
+        samples = self.grad_samples
+        finite = torch.stack([sample.flatten(1).isfinite().all(1) for sample in samples]).all(0)  # (E,)
+        for sample in samples:
+            sample[~finite] = 0.0
+        super().clip_and_accumulate()
+
     def add_noise(self) -> None:
         """Add noise to the clipped sum, in the order in which weights travel."""
         drawn = self.noise(sum(parameter.numel() for parameter in self.params))
@@ -105,16 +113,19 @@ def one(experiment: Experiment, weights: Weights, sequences: Sequences, user: in
         loss_reduction="sum",
     )
     optimizer.attach_step_hook(engine.accountant.get_optimizer_hook_fn(privacy.sampling_rate))
+    change = [torch.zeros_like(parameter) for parameter in module.ordered()]
     for step, taken in enumerate(loader):
         optimizer.noise = lambda n, step=step: source.many(n, "device-noise", round_, step, user)  # type: ignore[misc]
         optimizer.zero_grad()
         losses(experiment, watched, taken.problem, round_).sum().backward()
         optimizer.step()
+        for part, parameter in zip(change, module.ordered(), strict=True):  # a difference of weights loses digits
+            if parameter.grad is not None:
+                part.sub_(parameter.grad, alpha=local.lr / privacy.examples)
     seen = sum(count for _, _, count in engine.accountant.history)
     if seen != len(steps):
         raise StateError(f"Opacus accounted for {seen} of {len(steps)} local steps")
-    table, *others = (parameter.detach() for parameter in module.ordered())
-    return Weights(table - weights.table, torch.cat([part.flatten() for part in others]) - weights.body)
+    return Weights(change[0], torch.cat([part.flatten() for part in change[1:]]))
 
 
 def losses(experiment: Experiment, module: Callable[..., Candidates], problem: Problem, round_: int) -> Tensor:

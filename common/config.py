@@ -166,6 +166,11 @@ class FederationConfig(Section):
     optimizer: OptimizerConfig = FedAdam(kind="fedadam")
     """The server's step."""
 
+    def mean_cohort(self, users: int) -> float:
+        """Users of a round on average, of so many that may train."""
+        size = min(self.cohort, users)
+        return users / -(-users // size) if self.sampling == "passes" else size
+
 
 class EvaluationConfig(Section):
     """Federated ranking of each user's held-out item against the whole catalogue."""
@@ -254,12 +259,12 @@ class Experiment(Section):
             raise ValueError("privacy.kind example-level takes federation.local.steps; epochs and prox are not for it")
         if isinstance(device, ExampleLevel) and device.segment > self.model.max_length + 1:
             raise ValueError("privacy.kind example-level has segments longer than what the model sees, max_length + 1")
+        if device is not None and self.evaluation.privacy == "noised":
+            raise ValueError(
+                f"privacy.kind {device.kind} needs evaluation.privacy=public-holdout, or unaccounted in a simulation: "
+                "noise that the server adds does not protect ranks from the server"
+            )
         if not isinstance(privacy, UserLevel):
-            if self.evaluation.privacy == "noised":
-                raise ValueError(
-                    said + "needs evaluation.privacy=public-holdout, or unaccounted in a simulation: noise that the "
-                    "server adds does not protect ranks from the server"
-                )
             return self
         if federation.sampling != "poisson":
             raise ValueError(said + "needs federation.sampling=poisson: a cohort of fixed size has no such account")

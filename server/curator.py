@@ -21,9 +21,8 @@ from common.models.weights import Weights
 from common.privacy.card import card
 from common.privacy.mechanism import add_noise, clip_factors, noised_histogram, norms
 from common.privacy.noise import noise_source
-from common.privacy.plan import settle
+from common.privacy.plan import public_users, settle
 from common.privacy.schema import UserLevel, on_device
-from common.seeding import generator
 from server.aggregation import Explicit, Reply, weigh, weighted_sum
 from server.ledger import RANKING, UPDATE, Ledger
 from server.optimizers import mean_of
@@ -59,12 +58,7 @@ class Curator:
 
     @cached_property
     def _public(self) -> Users:
-        """Users who never train and whose ranks are public."""
-        evaluation = self.experiment.evaluation
-        if self.experiment.privacy.kind == "none" or evaluation.privacy != "public-holdout":
-            return np.zeros(0, dtype=np.int64)
-        count = max(1, round(evaluation.holdout * self.population))
-        return without_replacement(generator(self.experiment.seed, "public-users"), self.population, count)
+        return public_users(self.experiment, self.population)
 
     @cached_property
     def _trainees(self) -> Users | range:

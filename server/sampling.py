@@ -24,25 +24,23 @@ def cohort(config: FederationConfig, population: int, seed: int, round_: int) ->
     Returns
     -------
     ndarray
-        ``(C,)`` int64; empty at times under `poisson`; under `passes` a little less where a round lies in two passes
-        and a user would have come twice.
+        ``(C,)`` int64; empty at times under `poisson`; under `passes` as many rounds of equal size as a pass needs,
+        so a little less than `cohort` where that does not divide the population.
     """
     size = min(config.cohort, population)
     if config.sampling == "passes":
-        return _in_turn(population, seed, (round_ - 1) * size, round_ * size)
+        return _in_turn(population, seed, size, round_)
     rng = generator(seed, "cohort", round_)
     if config.sampling == "poisson":  # a binomial count, then that many without replacement: independent coin flips
         size = int(rng.binomial(population, size / population))
     return without_replacement(rng, population, size)
 
 
-def _in_turn(population: int, seed: int, start: int, stop: int) -> NDArray[np.int64]:
-    """Users at the places from `start` to before `stop` of endless passes, each a permutation of its own; distinct."""
-    parts = []
-    for number in range(start // population, (stop - 1) // population + 1):
-        order, begin = _order(population, seed, number), number * population
-        parts.append(order[max(start - begin, 0) : stop - begin])
-    return np.unique(np.concatenate(parts)).astype(np.int64)
+def _in_turn(population: int, seed: int, size: int, round_: int) -> NDArray[np.int64]:
+    """Users of a round of endless passes, each cut into rounds of nearly equal sizes, so that none lies in two."""
+    number, part = divmod(round_ - 1, -(-population // size))
+    parts = np.array_split(_order(population, seed, number), -(-population // size))
+    return np.sort(parts[part]).astype(np.int64)
 
 
 @lru_cache(maxsize=2)

@@ -63,7 +63,7 @@ def forecast(experiment: Experiment, users: int, items: int, mean_length: float)
         raise ValueError(f"a forecast needs users and items, not {users} and {items}")
     federation, evaluation = experiment.federation, experiment.evaluation
     sizes = {name: prod(shape) for name, shape in parameter_shapes(experiment.model, items).items()}
-    cohort = min(federation.cohort, users)
+    cohort = federation.mean_cohort(users)
     down = sum(sizes.values()) * _FLOAT
     rows = expected_rows(experiment, items, mean_length)
     ids = 0 if _whole(experiment) else _ID  # all rows, in order, need no ids

@@ -59,5 +59,6 @@ def extract(prepared: Path, user: int, target: Path) -> Path:
             np.save(draft / f"{name}.npy", array.astype(disk.ARRAYS[name]))
         shutil.copy(prepared / disk.CATALOGUE, draft / disk.CATALOGUE)
         kept = manifest["kept"] | {"users": 1, "events": end - start}
-        write_json(draft / disk.MANIFEST, {**manifest, "kept": kept, "extras": [], "first_user": user}, DataError)
+        alone = {"extras": [], "first_user": user, "population": whole.population or len(whole)}
+        write_json(draft / disk.MANIFEST, {**manifest, "kept": kept, **alone}, DataError)
     return target

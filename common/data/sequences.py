@@ -39,6 +39,8 @@ class Sequences:
         Place of the held-out event in `items`, or -1. Its history is everything of the user before it.
     first : int
         Number of the first user here: 0, or a later one in a device's own file, which holds few users of many.
+    population : int
+        Number of all users; 0 means that they are all here.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class Sequences:
     validation: Ints
     test: Ints
     first: int = 0
+    population: int = 0
 
     @classmethod
     def open(cls, folder: Path) -> "Sequences":
@@ -67,7 +70,7 @@ class Sequences:
         ends = arrays["offsets"]
         if ends[0] != 0 or ends[-1] != events:
             raise disk.damaged(folder, f"offsets.npy runs from {ends[0]} to {ends[-1]}, expected 0 to {events}")
-        return cls(folder, **arrays, first=manifest.get("first_user", 0))
+        return cls(folder, **arrays, first=manifest.get("first_user", 0), population=manifest.get("population", 0))
 
     def __len__(self) -> int:
         return len(self.train_end)

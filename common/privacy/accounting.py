@@ -59,15 +59,39 @@ def account(events: Iterable[tuple[Event, int]], delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _epsilon(counts: tuple[tuple[Event, int], ...], delta: float) -> float:
-    from dp_accounting import pld
-
     if any(event.noise_multiplier <= 0 and times for event, times in counts):
         return float("inf")
+    # Gaussians that nothing amplifies are together one Gaussian, exactly; composed one by one, thousands of them fill
+    # the memory.
+    precision = sum(times / event.noise_multiplier**2 for event, times in counts if times and _plain(event))
+    amplified = [(event, times) for event, times in counts if times and not _plain(event)]
+    if not amplified:
+        return _gaussian(precision**-0.5, delta) if precision else 0.0
+    from dp_accounting import pld
+
     accountant = pld.PLDAccountant()
-    for event, times in counts:
-        if times:
-            accountant.compose(_told(event), times)
+    for event, times in [*amplified, *([(Event(precision**-0.5), 1)] if precision else [])]:
+        accountant.compose(_told(event), times)
     return float(accountant.get_epsilon(delta))
+
+
+def _plain(event: Event) -> bool:
+    return event.rate >= 1 and (event.cap is None or event.users is None or event.cap >= event.users)
+
+
+def _gaussian(noise_multiplier: float, delta: float) -> float:
+    """ε of one Gaussian release, from dp-accounting's exact δ(ε), rounded up."""
+    from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
+
+    loss, low, high = GaussianPrivacyLoss(noise_multiplier), 0.0, 1.0
+    if loss.get_delta_for_epsilon(0.0) <= delta:
+        return 0.0
+    while loss.get_delta_for_epsilon(high) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if loss.get_delta_for_epsilon(middle) > delta else (low, middle)
+    return high
 
 
 def _told(event: Event) -> Any:

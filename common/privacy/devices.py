@@ -61,7 +61,7 @@ def planned_participations(experiment: Experiment, users: int) -> int:
     federation, privacy = experiment.federation, _privacy(experiment)
     most = federation.rounds
     if federation.sampling == "passes":
-        most = -(-federation.rounds * min(federation.cohort, users) // users)
+        most = -(-federation.rounds // -(-users // min(federation.cohort, users)))
     return min(most, privacy.participations or most)
 
 
@@ -95,7 +95,7 @@ def device_card(
         unit, relation, sampler = "user: all events of one person", "replace one", "none that would amplify"
     else:
         unit = f"segment: {privacy.segment} events of one person in a row; each event lies in one"
-        relation, sampler = "add or remove one", "Poisson, on the device"
+        relation, sampler = "add or remove one, the others keeping their places", "Poisson, on the device"
     return {
         "unit": unit,
         "relation": relation,
@@ -125,7 +125,7 @@ def noise_over_clip(experiment: Experiment, terms: DeviceTerms, users: int, para
 
     With C for one segment and `examples` of them in a step on average, that is S C in S steps.
     """
-    privacy, cohort = _privacy(experiment), min(experiment.federation.cohort, users)
+    privacy, cohort = _privacy(experiment), experiment.federation.mean_cohort(users)
     whole = terms.noise_multiplier * sqrt(parameters / cohort)
     return whole / (privacy.examples * sqrt(terms.steps)) if isinstance(privacy, ExampleLevel) else whole
 

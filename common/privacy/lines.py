@@ -1,6 +1,7 @@
 """Append-only files of what has been spent: a line is on the disk before the release, and none is ever taken back."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def read(path: Path, valid: Callable[[Any], bool], start: int = 0, before: int =
     StateError
         Where a line cannot be read: what was spent is then unknown.
     """
-    if not path.exists():
-        return [], start
+    if not path.exists() and not start:
+        return [], 0
     with explained(path), path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) < start:
+            raise StateError(f"{path}: has lost lines, so what was spent is unknown; restore the file")
         file.seek(start)
         content = file.read()
     lines = []

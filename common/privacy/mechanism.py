@@ -37,10 +37,11 @@ def clip_factors(norms: Tensor, bound: float) -> Tensor:
     Returns
     -------
     Tensor
-        ``(C,)`` float64; 0 where a norm is not finite, so that a broken update is worth nothing.
+        ``(C,)`` float64; 0 where a norm is not finite, or so large that single precision cannot hold the factor with
+        all its digits: a broken update is worth nothing.
     """
     factors = (bound * (1 - 1e-6) / norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, 0.0)
+    return torch.where(torch.isfinite(norms) & (factors > 1e-37), factors, 0.0)
 
 
 def add_noise(total: Weights, std: float, source: NoiseSource, purpose: str, *keys: int) -> Weights:

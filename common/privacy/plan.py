@@ -3,10 +3,14 @@
 from math import ceil
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from common.config import Experiment
 from common.errors import UsageError
 from common.privacy.accounting import Event, account, calibrate, default_delta
 from common.privacy.schema import UserLevel
+from common.seeding import generator
 
 
 class Terms(NamedTuple):
@@ -93,11 +97,19 @@ def settle(experiment: Experiment, users: int) -> Terms:
     return terms(calibrate(privacy.target_epsilon or 0.0, lambda z: terms(z).cost(*planned)))
 
 
-def trainees(experiment: Experiment, users: int) -> int:
-    """Users who may train: all but the public ones, where there are such."""
+def public_users(experiment: Experiment, users: int) -> NDArray[np.int64]:
+    """Users who never train and whose ranks are public, sorted, by the experiment's seed; none in most modes."""
     evaluation = experiment.evaluation
-    held_out = experiment.privacy.kind != "none" and evaluation.privacy == "public-holdout"
-    return users - max(1, round(evaluation.holdout * users)) if held_out else users
+    if experiment.privacy.kind == "none" or evaluation.privacy != "public-holdout":
+        return np.zeros(0, dtype=np.int64)
+    count = max(1, round(evaluation.holdout * users))
+    rng = generator(experiment.seed, "public-users")
+    return np.sort(rng.choice(users, count, replace=False, shuffle=False)).astype(np.int64)
+
+
+def trainees(experiment: Experiment, users: int) -> int:
+    """How many may train: all but the public ones, where there are such."""
+    return users - len(public_users(experiment, users))
 
 
 def rankings(experiment: Experiment) -> int:

@@ -152,6 +152,15 @@ def test_a_device_refuses_when_its_participations_are_spent(kind, kept, path):
     assert not kept or [line["users"] for line in lines(path)] == [[0, 1], [0], [1, 2], [2]]
 
 
+def test_what_another_process_has_spent_is_spent(path):
+    experiment = setup(most=2)
+    one, other = device_of(experiment, path), device_of(experiment, path)
+    for round_ in (1, 2):
+        assert not refused(alone.replies(experiment, one, [0], round_)[0])
+    assert refused(alone.replies(experiment, other, [0], 3)[0])
+    assert not refused(alone.replies(experiment, other, [1], 3)[0])
+
+
 def test_who_is_refused_for_another_reason_pays_nothing(path):
     experiment = setup()
     device = device_of(experiment, path)
@@ -222,7 +231,6 @@ def test_an_open_federation_keeps_no_account(path):
     assert not path.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="a refusal writes the record anew, without the terms")
 def test_a_refusal_leaves_the_record_of_the_context(here):
     experiment = here(setup(most=1))
     kept = context(experiment)
@@ -231,7 +239,6 @@ def test_a_refusal_leaves_the_record_of_the_context(here):
         assert kept.state.config_records[RECORD] == {"participations": 1, **settle(experiment).told}
 
 
-@pytest.mark.xfail(strict=True, reason="terms in a context's state are written and never read")
 def test_a_context_of_other_terms_is_refused(here):
     first, other = setup(z=1.0), setup(z=100.0)
     kept = context(here(first))

@@ -262,7 +262,6 @@ def test_epsilon_of_all_participations_is_that_of_one_gaussian(z, k, delta):
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="a device ranks for whoever asks, be its user public or not")
 def test_ranks_of_users_who_are_not_public_stay_on_the_device():
     """The server, which is the adversary here, sees ranks as they are; only those of public users are free."""
     held_out = {"privacy": "public-holdout", "holdout": 0.2}
