@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import ModelConfig
-from common.models.attention import multi_head
+from common.models.attention import multi_head, recency_bias
 from common.models.losses import Candidates
 from common.models.shapes import ITEM_TABLE, parameter_shapes
 from common.models.weights import Weights
@@ -22,15 +22,19 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig):
         super().__init__()
         d, hidden = model.dim, model.dim * model.ffn
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.norm1 = nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, hidden), nn.Linear(hidden, d)
-        self.heads = model.heads
+        self.heads, self.feeds = model.heads, hidden > 0
+        if self.feeds:
+            self.norm2 = nn.LayerNorm(d)
+            self.up, self.down = nn.Linear(d, hidden), nn.Linear(hidden, d)
 
-    def forward(self, x: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
-        """``(B, L, D) → (B, L, D)``; dropout masks of both sublayers, or none."""
-        y = self.out(multi_head(self.qkv(self.norm1(x)), self.heads))
+    def forward(self, x: Tensor, bias: Tensor | None, first: Tensor | None, second: Tensor | None) -> Tensor:
+        """``(B, L, D) → (B, L, D)``; the attention's bias, and dropout masks of both sublayers, or none."""
+        y = self.out(multi_head(self.qkv(self.norm1(x)), self.heads, bias))
         x = x + (y if first is None else y * first)
+        if not self.feeds:
+            return x
         y = self.down(F.gelu(self.up(self.norm2(x))))
         return torch.add(x, y if second is None else y * second)
 
@@ -42,7 +46,8 @@ class TiedSASRec(nn.Module):
         super().__init__()
         self.scale = model.dim**0.5
         self.item = nn.Embedding(items, model.dim)
-        self.position = nn.Embedding(model.max_length, model.dim)
+        self.fall = model.recency
+        self.position = nn.Embedding(model.max_length, model.dim) if model.position == "learned" else None
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.blocks))
         self.norm = nn.LayerNorm(model.dim)
         self.output = nn.Linear(model.dim, items, bias=False) if softmax else None
@@ -65,12 +70,16 @@ class TiedSASRec(nn.Module):
             ``(B, W, sites, D)``.
         """
         batch, width = len(events), events.shape[1] - 1
-        ids = torch.arange(width).expand(batch, -1).contiguous()
-        x = self.position(ids) + self.item(events[:, :-1].contiguous()) * self.scale  # (B, W, D)
+        x = self.item(events[:, :-1].contiguous()) * self.scale  # (B, W, D)
+        bias = None
+        if self.position is None:
+            bias = recency_bias(width, self.fall)
+        else:
+            x = self.position(torch.arange(width).expand(batch, -1).contiguous()) + x
         x = x if masks is None else x * masks[:, :, 0]
         for i, block in enumerate(self.blocks):
             pair = (None, None) if masks is None else (masks[:, :, 2 * i + 1], masks[:, :, 2 * i + 2])
-            x = block(x, *pair)
+            x = block(x, bias, *pair)
         hidden = self.norm(x)
         if self.output is not None:
             logits = self.output(hidden)  # (B, W, I)

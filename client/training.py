@@ -22,6 +22,8 @@ from client.step import Vectors, read_vectors, step_loss
 from common.config import Experiment
 from common.models.weights import Weights, body_shapes, named
 from common.privacy.mechanism import clip_factors, norms
+from common.privacy.precondition import preconditioned
+from common.privacy.schema import UserLevel
 from common.wire import LARGEST
 
 
@@ -168,10 +170,19 @@ class Updates:
         # With one step nobody's weights ever differ from the others', so no copies are made, only gradients.
         stack, losses = self._one_step() if steps == 1 else self._several_steps()
         with torch.no_grad():
+            stack = self._mapped(stack)
             measured = norms(stack.table, *stack.parts) * stack.factors.abs()
             if self._clip is not None:
                 stack = stack._replace(factors=stack.factors * clip_factors(measured, self._clip).float())
         return stack, losses, measured
+
+    def _mapped(self, stack: "Stack") -> "Stack":
+        """Updates in the coordinates in which they are clipped and released."""
+        privacy = self._experiment.privacy
+        if self._clip is None or not isinstance(privacy, UserLevel) or privacy.precondition is None:
+            return stack
+        table, parts = preconditioned(privacy.precondition, self._weights.table, stack.table, stack.parts)
+        return stack._replace(table=table, parts=parts)
 
     def _one_step(self) -> tuple["Stack", NDArray[np.float32]]:
         """Each user's own gradient at the shared weights."""

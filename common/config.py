@@ -25,8 +25,16 @@ class ModelConfig(Section):
     """Attention blocks."""
     heads: Positive = 1
     """Attention heads; must divide `dim`."""
-    ffn: Positive = 1
-    """Hidden width of the feed-forward layer, as a multiple of `dim`."""
+    ffn: Natural = 1
+    """Hidden width of the feed-forward layer, as a multiple of `dim`; 0 leaves the layer away."""
+    position: Literal["learned", "recency"] = "learned"
+    """`learned`: a table of positions. `recency`: no parameters; attention falls by `recency` per event that lies
+    between (ALiBi; Press et al., ICLR 2022), so noise has nothing to fall on."""
+    recency: Rate = 0.2
+    """The fall, in logits per event, where `position` is `recency`."""
+    start: Literal["normal", "mean"] = "normal"
+    """`mean`: attention's value and output maps begin at the identity plus the usual small numbers, so that a block
+    begins as the mean of what it attends to; `normal`: at small numbers alone."""
     dropout: Share = 0.2
     """Dropout on embeddings and on the output of attention and feed-forward layers."""
     max_length: Positive = 50
@@ -133,6 +141,8 @@ class FedAdam(Section):
     """Decay of the second moment."""
     eps: Rate = 1e-8
     """Added to the root of the second moment."""
+    body: Rate = 1.0
+    """Learning rate of all but the item table, as a multiple of `lr`."""
 
 
 class FedAdagrad(Section):

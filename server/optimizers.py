@@ -5,6 +5,7 @@ moments, the paper's does not.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from common.config import OptimizerConfig
 from common.errors import StateError
 from common.models.weights import Weights
 
-OPTIMIZERS: dict[str, Callable[[list[Tensor], OptimizerConfig], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimizerConfig], Optimizer]] = {
     "fedavg": lambda p, c: SGD(p, lr=c.lr),
     "fedavgm": lambda p, c: SGD(p, lr=c.lr, momentum=c.momentum),  # type: ignore[union-attr]
     "fedadam": lambda p, c: Adam(p, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True),  # type: ignore[union-attr]
@@ -28,7 +29,9 @@ class ServerOptimizer:
 
     def __init__(self, config: OptimizerConfig, weights: Weights):
         self.weights = weights
-        self._optimizer = OPTIMIZERS[config.kind](list(weights), config)
+        body = config.lr * getattr(config, "body", 1.0)
+        groups: list[dict[str, Any]] = [{"params": [weights.table]}, {"params": [weights.body], "lr": body}]
+        self._optimizer = OPTIMIZERS[config.kind](groups, config)
 
     def step(self, mean_update: Weights) -> None:
         """Move the weights along the cohort's mean update, tensors of the weights' shapes."""

@@ -29,14 +29,20 @@ class Block(nn.Module):
         super().__init__()
         d = config.dim
         self.heads = config.heads
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.fall = config.recency if config.position == "recency" else 0.0
+        self.fed = config.ffn > 0
+        self.norm1 = nn.LayerNorm(d)
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, d * config.ffn), nn.Linear(d * config.ffn, d)
+        if self.fed:
+            self.norm2 = nn.LayerNorm(d)
+            self.up, self.down = nn.Linear(d, d * config.ffn), nn.Linear(d * config.ffn, d)
 
     def forward(self, x: Tensor, masks: Tensor | None) -> Tensor:
         """``(B, L, D) → (B, L, D)``; `masks` are the two scaled dropout masks ``(B, L, 2, D)``."""
         attended = self.out(self.attend(self.norm1(x)))
         x = x + (attended if masks is None else attended * masks[:, :, 0])
+        if not self.fed:
+            return x
         fed = self.down(F.gelu(self.up(self.norm2(x))))
         return x.add(fed if masks is None else fed * masks[:, :, 1])
 
@@ -45,6 +51,8 @@ class Block(nn.Module):
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         logits = (query @ key.transpose(-1, -2) / sqrt(query.shape[-1])).masked_fill(future, -torch.inf)
+        place = torch.arange(x.shape[1])
+        logits = logits - self.fall * (place.unsqueeze(-1) - place)
         mixed: Tensor = logits.softmax(-1) @ value  # (B, H, L, D/H)
         return mixed.transpose(1, 2).flatten(2)
 
@@ -56,13 +64,15 @@ class SASRec(nn.Module):
         super().__init__()
         self.scale = sqrt(config.dim)
         self.item = nn.Embedding(items, config.dim)
-        self.position = nn.Embedding(config.max_length, config.dim)
+        self.longest = config.max_length
+        self.position = nn.Embedding(config.max_length, config.dim) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, items: Tensor, masks: Tensor | None = None) -> Tensor:
         """Hidden states ``(B, L, D)`` of right-padded histories ``(B, L)``."""
-        x = self.item(items) * self.scale + self.position.weight[: items.shape[1]]
+        x = self.item(items) * self.scale
+        x = x if self.position is None else x + self.position.weight[: items.shape[1]]
         x = x if masks is None else x * masks[:, :, 0]
         for i, block in enumerate(self.blocks):
             x = block(x, None if masks is None else masks[:, :, 2 * i + 1 : 2 * i + 3])
@@ -183,7 +193,7 @@ def test_ranks(model: SASRec, sequences: Sequences) -> NDArray[np.float64]:
             if place <= start:
                 continue
             history = torch.from_numpy(sequences.items[start:place].astype(np.int64))
-            window = history[-model.position.num_embeddings :]
+            window = history[-model.longest :]
             scores = model(window[None])[0, -1] @ model.item.weight.T  # (I,)
             target = int(sequences.items[place])
             others = torch.ones(len(scores), dtype=torch.bool)

@@ -95,7 +95,7 @@ def certify(experiment: Experiment, report: Report = lambda text: None) -> list[
 
 def parity_mode(experiment: Experiment) -> Experiment:
     """The same experiment for `ROUNDS` rounds of one local step of lr 1, weights by events, Adam on the server."""
-    adam = experiment.federation.optimizer.model_dump(exclude={"kind", "momentum"}) | {"kind": "fedadam"}
+    adam = experiment.federation.optimizer.model_dump(exclude={"kind", "momentum", "body"}) | {"kind": "fedadam"}
     if experiment.federation.optimizer.kind != "fedadam":
         adam = {"kind": "fedadam"}
     local = {"steps": 1, "lr": 1.0, "window": experiment.federation.local.window}

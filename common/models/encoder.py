@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import ModelConfig
-from common.models.attention import multi_head
+from common.models.attention import multi_head, recency_bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,20 +70,24 @@ def encode(config: ModelConfig, parameters: Mapping[str, Tensor], x: Tensor, mas
         return x + y if masks is None else torch.addcmul(x, y, masks[:, :, site])
 
     length = x.shape[-2]
-    x = torch.add(parameters["position"][..., :length, :], x, alpha=config.dim**0.5)  # (C, L, D)
+    bias = None
+    if config.position == "recency":
+        bias, x = recency_bias(length, config.recency), x * config.dim**0.5  # as below, without positions
+    else:
+        x = torch.add(parameters["position"][..., :length, :], x, alpha=config.dim**0.5)  # (C, L, D)
     x = x if masks is None else x * masks[:, :, 0]
     for block in range(config.blocks):
-        p = {name: parameters[f"blocks.{block}.{name}"] for name in _BLOCK}
+        p = {name: parameters[f"blocks.{block}.{name}"] for name in (_BLOCK if config.ffn else _ATTENTION)}
         h = layer_norm(x, p["norm1.weight"], p["norm1.bias"])
-        h = multi_head(linear(h, p["qkv.weight"]), config.heads)
+        h = multi_head(linear(h, p["qkv.weight"]), config.heads, bias)
         x = add_dropped(x, linear(h, p["out.weight"], p["out.bias"]), 2 * block + 1)
+        if not config.ffn:
+            continue
         h = layer_norm(x, p["norm2.weight"], p["norm2.bias"])
         h = F.gelu(linear(h, p["up.weight"], p["up.bias"]))
         x = add_dropped(x, linear(h, p["down.weight"], p["down.bias"]), 2 * block + 2)
     return layer_norm(x, parameters["norm.weight"], parameters["norm.bias"])
 
 
-_BLOCK = (
-    "qkv.weight",
-    *(f"{layer}.{part}" for layer in ("norm1", "out", "norm2", "up", "down") for part in ("weight", "bias")),
-)
+_ATTENTION = ("qkv.weight", *(f"{layer}.{part}" for layer in ("norm1", "out") for part in ("weight", "bias")))
+_BLOCK = (*_ATTENTION, *(f"{layer}.{part}" for layer in ("norm2", "up", "down") for part in ("weight", "bias")))

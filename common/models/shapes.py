@@ -22,20 +22,25 @@ def parameter_shapes(config: ModelConfig, items: int) -> dict[str, tuple[int, ..
         The item table first, then the body; every linear weight is ``(out, in)`` as in torch.
     """
     d, hidden = config.dim, config.dim * config.ffn
-    shapes: dict[str, tuple[int, ...]] = {ITEM_TABLE: (items, d), "position": (config.max_length, d)}
+    shapes: dict[str, tuple[int, ...]] = {ITEM_TABLE: (items, d)}
+    if config.position == "learned":
+        shapes["position"] = (config.max_length, d)
     for block in range(config.blocks):
-        for name, shape in {
+        attention = {
             "norm1.weight": (d,),
             "norm1.bias": (d,),
             "qkv.weight": (3 * d, d),
             "out.weight": (d, d),
             "out.bias": (d,),
+        }
+        feed_forward = {
             "norm2.weight": (d,),
             "norm2.bias": (d,),
             "up.weight": (hidden, d),
             "up.bias": (hidden,),
             "down.weight": (d, hidden),
             "down.bias": (d,),
-        }.items():
+        }
+        for name, shape in (attention | (feed_forward if hidden else {})).items():
             shapes[f"blocks.{block}.{name}"] = shape
     return shapes | {"norm.weight": (d,), "norm.bias": (d,)}

@@ -82,6 +82,10 @@ def initialise(config: ModelConfig, items: int, seed: int) -> Weights:
                 yield torch.zeros(shape)
             elif len(shape) == 1:
                 yield torch.ones(shape)
+            elif config.start == "mean" and name.endswith(("qkv.weight", "out.weight")):
+                drawn = draw(shape)
+                drawn[-config.dim :] += torch.eye(config.dim)  # the values of queries, keys and values
+                yield drawn
             else:
                 yield draw(shape)
 

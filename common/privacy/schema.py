@@ -94,6 +94,19 @@ class ExampleLevel(_OnDevice):
     private."""
 
 
+class Precondition(Section):
+    """A linear map that each device applies to its update before the clip, read off the public weights.
+
+    What is released is the clipped sum of mapped updates, with the same noise on every coordinate, and the server steps
+    along that. One loud direction that all users share, popularity, then does not use up the clipping norm.
+    """
+
+    whiten: Rate | None = 1.0
+    """Turns the item table's directions towards equal energy; the larger, the less; `null` leaves them."""
+    body: Rate = 1.0
+    """What all but the item table is multiplied with."""
+
+
 class UserLevel(Section):
     """A whole user is protected from whoever sees every global model; the server is trusted.
 
@@ -118,6 +131,8 @@ class UserLevel(Section):
     """The most that may be spent; `null` means what the plan costs."""
     adaptive: AdaptiveClipping | None = None
     """Let the clipping norm follow the updates; `null` keeps it."""
+    precondition: Precondition | None = None
+    """Map updates before they are clipped; `null` leaves them as they are."""
     cap: Positive | None = None
     """Most users that a round may have, for memory; the cost of cutting is accounted for."""
     on_device: ExampleLevel | None = None
@@ -129,6 +144,8 @@ class UserLevel(Section):
     def _one_price(self) -> "UserLevel":
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ValueError("give noise_multiplier or target_epsilon, one of the two")
+        if self.precondition is not None and self.on_device is not None:
+            raise ValueError("precondition maps updates that no noise is in yet; with on_device there are none")
         return self
 
 
