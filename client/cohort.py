@@ -6,10 +6,10 @@ import numpy as np
 
 from client.batches import chunks, windows
 from client.examples import train_examples
+from client.gradcheck import stacked_is_right
 from client.noised import Noised, noised_locally
 from client.problem import pose
 from client.rows import Ints
-from client.self_test import stacked_is_right
 from client.training import Updates
 from common.config import Experiment
 from common.data.sequences import Sequences

@@ -2,7 +2,7 @@
 
 Opacus is silently wrong on many ways of tying the item table to the output: `F.linear` with its weight, a root module
 that owns a Parameter, positions without a batch dimension. Here the table is an embedding, the output a linear layer of
-the same Parameter or further gathers, and positions are an embedding of ids ``(B, L)``; `client.self_test` checks it.
+the same Parameter or further gathers, and positions are an embedding of ids ``(B, L)``; `client.gradcheck` checks it.
 """
 
 import torch

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from client.examples import Examples, draw, mode
+from client.gradcheck import self_test
 from client.noised import Noised
 from client.opacus_module import TiedSASRec
 from client.problem import Problem
 from client.rows import Ints
-from client.self_test import self_test
 from client.step import dropout_masks
 from common.config import Experiment
 from common.data.sequences import Sequences

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from client import device as devices
 from client import opacus_training
+from client.gradcheck import stacked_is_right
 from client.opacus_training import opacus_is_right
-from client.self_test import stacked_is_right
 from common.errors import StateError
 from common.privacy.devices import settle
 from simulations.grid import InProcessGrid

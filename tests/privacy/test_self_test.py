@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from client import examples, opacus_training
+from client.gradcheck import naive, self_test, stacked, stacked_is_right
 from client.opacus_module import TiedSASRec
 from client.opacus_training import hooked, opacus_is_right
-from client.self_test import naive, self_test, stacked, stacked_is_right
 from common.errors import StateError
 from tests.privacy import alone
 from tests.support import world
