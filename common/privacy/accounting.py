@@ -12,6 +12,9 @@ from common.errors import UsageError
 
 LARGEST_NOISE = 1e4
 """Noise multipliers beyond this are not searched for."""
+HOPELESS = 5e3
+"""ε beyond which sampling is no longer looked at: what is reported is then an upper bound, whose exact value would take
+gigabytes and tell nobody more."""
 TOLERANCE = 0.01
 """A calibrated ε lies in [1 − this, 1] of its target."""
 
@@ -63,10 +66,16 @@ def _epsilon(counts: tuple[tuple[Event, int], ...], delta: float) -> float:
         return float("inf")
     # Gaussians that nothing amplifies are together one Gaussian, exactly; composed one by one, thousands of them fill
     # the memory.
-    precision = sum(times / event.noise_multiplier**2 for event, times in counts if times and _plain(event))
-    amplified = [(event, times) for event, times in counts if times and not _plain(event)]
+    released = [(event, times) for event, times in counts if times]
+    if not released:
+        return 0.0
+    bound = _gaussian(sum(times / event.noise_multiplier**2 for event, times in released) ** -0.5, delta)
+    if bound > HOPELESS:
+        return bound
+    precision = sum(times / event.noise_multiplier**2 for event, times in released if _plain(event))
+    amplified = [(event, times) for event, times in released if not _plain(event)]
     if not amplified:
-        return _gaussian(precision**-0.5, delta) if precision else 0.0
+        return bound
     from dp_accounting import pld
 
     accountant = pld.PLDAccountant()

@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from common.errors import UsageError
+from common.privacy import accounting
 from common.privacy.accounting import TOLERANCE, Event, account, calibrate, default_delta, epsilon
 from common.privacy.plan import rankings, settle, trainees
 from tests.privacy import private
@@ -295,3 +296,23 @@ def test_a_sum_and_a_count_together_cost_what_they_cost_one_by_one(z, count):
 def test_the_noise_on_the_count_is_a_twentieth_of_the_cohort_by_default():
     assert settle(private.experiment(privacy={"adaptive": {}}, federation={"cohort": 40}), 100).count_noise == 2
     assert settle(private.experiment(privacy={"adaptive": {}, "noise_multiplier": 0.0}), 100).update == Event(0.0, 0.05)
+
+
+# --- what would take too long ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [1, 100, 10**6])
+def test_unsampled_releases_are_together_one_gaussian(times):
+    assert account([(Event(3.0), times)], DELTA) == pytest.approx(epsilon([Event(3.0 / times**0.5)], DELTA), rel=1e-6)
+
+
+def test_unsampled_releases_beside_sampled_ones_are_put_together_too():
+    together = account([(Event(8.0), 4), (Event(1.0, 0.1), 10)], DELTA)
+    assert together == pytest.approx(account([(Event(4.0), 1), (Event(1.0, 0.1), 10)], DELTA), rel=1e-3)
+
+
+def test_hopeless_numbers_are_bounded_from_above_at_once():
+    """As for the real users of a hypothetical million: sampling helps, but nobody needs to know how much."""
+    hopeless = account([(Event(0.01, 0.25), 100)], DELTA)
+    assert accounting.HOPELESS < hopeless == account([(Event(0.01), 100)], DELTA) < math.inf
+    assert account([(Event(1.0, 0.25), 100)], DELTA) < account([(Event(1.0), 100)], DELTA) < accounting.HOPELESS
