@@ -4,6 +4,8 @@ import os
 import shlex
 import signal
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -230,7 +232,14 @@ def main() -> None:
     # as long. Read by libgomp when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is a Ctrl-C
-    sys.exit(_exit_code())
+    code = _exit_code()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        # Where Ray does not come up, Flower leaves a thread behind that would keep this process for ever.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _exit_code() -> int:
