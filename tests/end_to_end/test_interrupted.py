@@ -10,23 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import KILLED, Finished, Running, hushrec
+from tests.support.processes import DIES_AT_CALL, KILLED, Finished, Running, hushrec
 from tests.support.runs import assert_same_run, metrics, tree
 
-DIES_AT_CALL = """
-import signal
-import simulations.runner as runner
-whole, left = runner.run, {moment}
-def count(frame, event, arg):
-    global left
-    left -= event == "call"
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-def mortal(*args):
-    sys.setprofile(count)
-    return whole(*args)
-runner.run = mortal
-"""
 DIES_WHILE_WRITING = """
 import signal
 import server.checkpoint as checkpoint

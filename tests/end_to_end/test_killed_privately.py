@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.conftest import COUNTED
-from tests.support.processes import KILLED, TINY, hushrec
+from tests.support.processes import DIES_AT_CALL, KILLED, TINY, hushrec
 
 SERVER = (
     TINY
@@ -145,19 +145,7 @@ def test_killed_again_and_again_at_random_moments(tmp_path, mode):
         folder.mkdir()
         begun(folder, mode)
         moment = int(random.Random(attempt).uniform(0.3, 0.99) * calls)
-        dies = f"""
-import simulations.runner as runner
-whole, left = runner.run, {moment}
-def count(frame, event, arg):
-    global left
-    left -= event == "call"
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-def mortal(*args):
-    sys.setprofile(count)
-    return whole(*args)
-runner.run = mortal
-"""
+        dies = DIES_AT_CALL.format(moment=moment)
         assert run(folder, dies).code == KILLED
         holds(folder, mode)
         ends_well(folder, mode)
