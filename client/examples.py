@@ -18,7 +18,7 @@ from client.noised import Noised, add_own_noise
 from client.problem import Problem, pose
 from client.rows import Ints
 from client.step import Vectors
-from client.training import own_gradients, weighted
+from client.training import as_tensor, own_gradients, weighted
 from common.config import Experiment
 from common.data.sequences import Sequences
 from common.errors import UsageError
@@ -141,7 +141,8 @@ def add_clipped(
     """
     owner, problem = torch.from_numpy(taken.owner), taken.problem
     read, body = _standing(weights, change, owner, problem)
-    table, parts, _ = own_gradients(experiment, read, body, problem, round_)
+    table, factored, _ = own_gradients(experiment, read, body, problem, round_)
+    parts = [as_tensor(part) for part in factored]
     measured = norms(table, *parts)
     factors = (clip_factors(measured, bound) * rate).float()
     if not torch.isfinite(measured).all():  # nought times what is not finite is not nought
@@ -167,7 +168,7 @@ def add_clipped(
 
 
 def _standing(weights: Weights, change: Weights, owner: Tensor, problem: Problem) -> tuple[Vectors, Tensor]:
-    """What each segment reads where its user stands: item vectors, and the body ``(E, P)``."""
+    """What each segment reads where its user stands: item vectors, and the body, ``(P,)`` or ``(E, P)``."""
     moved = bool(change.body.any())  # else all stand at the global weights, and nothing need be copied
 
     def gathered(index: Tensor) -> Tensor:
@@ -183,5 +184,5 @@ def _standing(weights: Weights, change: Weights, owner: Tensor, problem: Problem
         every = slice(None) if problem.rows is None else torch.from_numpy(problem.rows[0, : problem.negatives])
         scored = (weights.table[every] + change.table[:, every])[owner] if moved else weights.table[every]
     events = gathered(torch.from_numpy(problem.windows.events[:, 0]))
-    body = weights.body + change.body[owner] if moved else weights.body.expand(len(owner), -1)
+    body = weights.body + change.body[owner] if moved else weights.body
     return Vectors(events, scored, private), body

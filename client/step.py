@@ -1,6 +1,7 @@
 """One local step of a chunk: what it reads of the item table, and each user's loss."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def read_vectors(table: Tensor, problem: Problem, step: int) -> Vectors:
 def step_loss(
     experiment: Experiment,
     vectors: Vectors,
-    parameters: dict[str, Tensor],
+    parameters: Mapping[str, Any],
     problem: Problem,
     step: int,
     round_: int,

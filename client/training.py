@@ -20,6 +20,7 @@ from client.problem import Problem
 from client.rows import Ints
 from client.step import Vectors, read_vectors, step_loss
 from common.config import Experiment
+from common.models.alike import Outer, Tap
 from common.models.weights import Weights, body_shapes, named
 from common.privacy.mechanism import clip_factors, norms
 from common.privacy.precondition import preconditioned
@@ -108,7 +109,7 @@ class Updates:
     def one(self, i: int) -> Weights:
         """Change of the i-th user's rows ``(R, D)`` and of the body ``(P,)``."""
         table, parts, factors = self._stacked[0]
-        body = torch.cat([part[i].flatten() for part in parts])
+        body = torch.cat([as_tensor(part[i : i + 1]).flatten() for part in parts])
         return Weights(table[i, : self.counts[i]] * factors[i], body * factors[i])
 
     def summed(self, importance: NDArray[np.float32]) -> tuple[Ints | None, Weights]:
@@ -188,8 +189,7 @@ class Updates:
         """Each user's own gradient at the shared weights."""
         # What a user reads is gathered from the shared table; where its gradients belong is told apart afterwards.
         read = read_vectors(self._shared_rows(), self._shared, 0)
-        body = self._weights.body.expand(len(self.users), -1)
-        table, parts, losses = own_gradients(self._experiment, read, body, self._own, self._round)
+        table, parts, losses = own_gradients(self._experiment, read, self._weights.body, self._own, self._round)
         # The step itself, not a difference of weights, which would lose its last digits.
         factors = torch.full((len(self.users),), -self._experiment.federation.local.lr)
         return Stack(table, parts, factors), losses.numpy()
@@ -229,7 +229,7 @@ class Stack(NamedTuple):
 
     table: Tensor
     """``(C, R, D)``."""
-    parts: list[Tensor]
+    parts: list[Tensor | Outer]
     """The body's parameters in their order, ``(C, …)`` each."""
     factors: Tensor
     """``(C,)`` float32."""
@@ -237,7 +237,7 @@ class Stack(NamedTuple):
 
 def own_gradients(
     experiment: Experiment, read: Vectors, body: Tensor, problem: Problem, round_: int, step: int = 0
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor | Outer], Tensor]:
     """Each user's gradient of its own loss in one step, exact; nothing mixes users.
 
     Parameters
@@ -247,7 +247,7 @@ def own_gradients(
     read : Vectors
         What the step reads of the users' tables.
     body : Tensor
-        ``(C, P)``; an expanded one is not copied.
+        ``(P,)``, the same for all, or ``(C, P)``.
     problem : Problem
         Stacked.
     round_ : int
@@ -260,20 +260,24 @@ def own_gradients(
     table : (C, R, D)
         Of the rows that each user touches.
     parts : list of (C, …)
-        Of the body's parameters in their order.
+        Of the body's parameters in their order; those of linear layers in factors where all have the same body.
     losses : (C,)
         Before the step.
     """
-    model, c, d = experiment.model, len(body), read.events.shape[-1]
+    model, (c, _, d) = experiment.model, read.events.shape
     scored = read.scored if read.scored is None or read.scored.dim() == 3 else read.scored.expand(c, -1, -1)
     leaves = [part.detach().requires_grad_() for part in (read.events, scored, read.private) if part is not None]
-    parts = [part.detach().requires_grad_() for part in named(model, body).values()]
+    parameters = named(model, body)
+    taps = {n: Tap(p.detach()) for n, p in parameters.items() if body.dim() == 1 and p.dim() == 2 and "weight" in n}
+    if body.dim() == 1:
+        parameters = {n: p.expand(c, *p.shape) for n, p in parameters.items()}
+    own = {n: p.detach().requires_grad_() for n, p in parameters.items() if n not in taps}
     places = iter(leaves)
     vectors = Vectors(*(None if part is None else next(places) for part in read))  # type: ignore[arg-type]
-    parameters = dict(zip(body_shapes(model), parts, strict=True))
-    losses = step_loss(experiment, vectors, parameters, problem, step, round_)
-    gradients = list(torch.autograd.grad(losses.sum(), [*leaves, *parts]))
-    of_read, of_body = gradients[: len(leaves)], gradients[len(leaves) :]
+    losses = step_loss(experiment, vectors, own | taps, problem, step, round_)
+    gradients = torch.autograd.grad(losses.sum(), [*leaves, *own.values()])
+    of_read, of_own = gradients[: len(leaves)], iter(gradients[len(leaves) :])
+    of_body = [taps[name].gradient if name in taps else next(of_own) for name in body_shapes(model)]
     rows = problem.catalogue if problem.rows is None else problem.rows.shape[1]
     table = of_read[1] if scored is not None and rows == scored.shape[1] else torch.zeros(c, rows, d)
     if scored is not None and table is not of_read[1]:
@@ -285,11 +289,18 @@ def own_gradients(
     return table, of_body, losses.detach()
 
 
-def weighted(scale: Tensor, stacked: Tensor) -> Tensor:
+def as_tensor(part: Tensor | Outer) -> Tensor:
+    """Gradients of one parameter, ``(C, …)``, multiplied out."""
+    return part.whole() if isinstance(part, Outer) else part
+
+
+def weighted(scale: Tensor, stacked: Tensor | Outer) -> Tensor:
     """Σ scale · part over C users, ``(C,), (C, …) → (…)``, or several such sums, ``(K, C), (C, …) → (K, …)``.
 
     Without a copy where two dimensions are merely swapped, as in the gradients of linear layers.
     """
+    if isinstance(stacked, Outer):
+        return stacked.weighted(scale)
     if stacked.dim() == 3 and not stacked.is_contiguous() and stacked.mT.is_contiguous():
         return weighted(scale, stacked.mT).mT
     return (scale @ stacked.flatten(1)).view(*scale.shape[:-1], *stacked.shape[1:])

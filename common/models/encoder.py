@@ -1,23 +1,25 @@
 """SASRec's encoder, written once for a cohort of users."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import ModelConfig
+from common.models.alike import LayerNorm, Tap
 from common.models.attention import multi_head, recency_bias
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Tap, bias: Tensor | None = None) -> Tensor:
     """Affine map with shared or stacked weights.
 
     Parameters
     ----------
     x : Tensor
         ``(C, L, in)``.
-    weight, bias : Tensor
+    weight, bias : Tensor or Tap
         Shared ``(out, in)`` and ``(out,)``, or stacked ``(C, out, in)`` and ``(C, out)``; the bias may be left away.
 
     Returns
@@ -25,6 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Tensor
         ``(C, L, out)``.
     """
+    if isinstance(weight, Tap):
+        return weight.linear(x, bias)
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
@@ -34,6 +38,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450); arguments as in `linear`."""
     if weight.dim() == 1:
         return F.layer_norm(x, x.shape[-1:], weight, bias)
+    if weight.stride(0) == 0:
+        same: Tensor = LayerNorm.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return same
     return torch.addcmul(bias.unsqueeze(-2), F.layer_norm(x, x.shape[-1:]), weight.unsqueeze(-2))
 
 
@@ -42,7 +49,7 @@ def dropout_sites(config: ModelConfig) -> int:
     return 1 + 2 * config.blocks
 
 
-def encode(config: ModelConfig, parameters: Mapping[str, Tensor], x: Tensor, masks: Tensor | None = None) -> Tensor:
+def encode(config: ModelConfig, parameters: Mapping[str, Any], x: Tensor, masks: Tensor | None = None) -> Tensor:
     """Hidden state after each event: what the user may want next (Kang & McAuley, ICDM 2018; pre-LN).
 
     Positions count from the start of the window. Attention weights have no dropout of their own, since the fused

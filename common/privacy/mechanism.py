@@ -5,20 +5,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.models.alike import Outer
 from common.models.weights import Weights
 from common.privacy.noise import NoiseSource
 
 
-def norms(*parts: Tensor) -> Tensor:
+def norms(*parts: Tensor | Outer) -> Tensor:
     """L2 norm of each of C updates over all its parts ``(C, …)``; ``(C,)`` float64.
 
     Squares are summed in double precision beyond one parameter, so that many small numbers do not spoil it.
     """
-    total = torch.zeros(len(parts[0]), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
     for part in parts:
+        if isinstance(part, Outer):
+            total = total + part.squares()
+            continue
         along = -2 if part.dim() > 2 and part.mT.is_contiguous() else -1  # as the numbers lie in memory
         rows = torch.linalg.vector_norm(part, dim=along).double().square()
-        total += rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+        total = total + (rows.flatten(1).sum(1) if rows.dim() > 1 else rows)
     return total.sqrt()
 
 

@@ -8,12 +8,13 @@ does it (Li et al., ICML 2022, AdaDPS), except that here the side information is
 import torch
 from torch import Tensor
 
+from common.models.alike import Outer
 from common.privacy.schema import Precondition
 
 
 def preconditioned(
-    settings: Precondition, released: Tensor, table: Tensor, parts: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+    settings: Precondition, released: Tensor, table: Tensor, parts: list[Tensor | Outer]
+) -> tuple[Tensor, list[Tensor | Outer]]:
     """Updates of C users, mapped.
 
     Parameters
