@@ -1,4 +1,4 @@
-"""A device's own file: one user's events out of a prepared data set, numbered by the same public catalogue."""
+"""A node's own file: the events of one user, or of a shard of users, numbered by the same public catalogue."""
 
 import shutil
 from pathlib import Path
@@ -13,18 +13,18 @@ from common.errors import DataError
 from common.files import write_json
 
 
-def extract(prepared: Path, user: int, target: Path) -> Path:
-    """Write a prepared folder that holds one user only.
+def extract(prepared: Path, users: range, target: Path) -> Path:
+    """Write a prepared folder that holds some users only.
 
-    A node whose config names it as ``data-path`` is that user's device: training there gives the same update as in a
+    A node whose config names it as ``data-path`` is these users' device: training there gives the same updates as in a
     simulation of everybody.
 
     Parameters
     ----------
     prepared : Path
         The whole population's folder.
-    user : int
-        Number of the user.
+    users : range
+        Their numbers, ascending by one.
     target : Path
         The new folder; must not exist.
 
@@ -36,29 +36,31 @@ def extract(prepared: Path, user: int, target: Path) -> Path:
     Raises
     ------
     DataError
-        Where there is no such user or the folder cannot be written.
+        Where there are no such users or the folder cannot be written.
     """
     whole, manifest = Sequences.open(prepared), disk.read_manifest(prepared)
-    if user not in whole:
-        raise DataError(f"{prepared}: has no user {user}; users are {whole.first} to {whole.first + len(whole) - 1}")
+    if not users or users.step != 1 or users[0] not in whole or users[-1] not in whole:
+        last = whole.first + len(whole) - 1
+        raise DataError(f"{prepared}: has no users {users.start} … {users.stop - 1}; its are {whole.first} … {last}")
     if target.exists():
         raise DataError(f"{target}: exists already; remove it or choose another name")
-    row = user - whole.first
-    start, end = int(whole.offsets[row]), int(whole.offsets[row + 1])
+    rows = slice(users[0] - whole.first, users[-1] - whole.first + 1)
+    offsets = whole.offsets[rows.start : rows.stop + 1]
+    start, end = int(offsets[0]), int(offsets[-1])
     with disk.being_made(target) as draft:
         arrays: dict[str, NDArray[Any]] = {
             "items": whole.items[start:end],
             "times": whole.times[start:end],
-            "offsets": np.array([0, end - start]),
+            "offsets": offsets - start,
         }
-        arrays["train_end"] = whole.train_end[row : row + 1] - start
+        arrays["train_end"] = whole.train_end[rows] - start
         for name in ("validation", "test"):
-            place = getattr(whole, name)[row : row + 1]
+            place = getattr(whole, name)[rows]
             arrays[name] = np.where(place >= 0, place - start, -1)
         for name, array in arrays.items():
             np.save(draft / f"{name}.npy", array.astype(disk.ARRAYS[name]))
         shutil.copy(prepared / disk.CATALOGUE, draft / disk.CATALOGUE)
-        kept = manifest["kept"] | {"users": 1, "events": end - start}
-        alone = {"extras": [], "first_user": user, "population": whole.population or len(whole)}
-        write_json(draft / disk.MANIFEST, {**manifest, "kept": kept, **alone}, DataError)
+        kept = manifest["kept"] | {"users": len(users), "events": end - start}
+        some = {"extras": [], "first_user": users[0], "population": whole.population or len(whole)}
+        write_json(draft / disk.MANIFEST, {**manifest, "kept": kept, **some}, DataError)
     return target

@@ -20,7 +20,7 @@ ONE = world.experiment(
 
 def test_it_holds_one_user_only(tmp_path):
     whole = Device.open(ONE, prepare(ONE.data))
-    own = Device.open(ONE, extract(prepare(ONE.data), 7, tmp_path / "seven"))
+    own = Device.open(ONE, extract(prepare(ONE.data), range(7, 8), tmp_path / "seven"))
     seven = np.array([7])
     assert len(own.sequences) == 1
     assert 7 in own.sequences
@@ -38,7 +38,7 @@ def test_it_holds_one_user_only(tmp_path):
 def test_devices_with_their_own_files_train_the_same_model(tmp_path, monkeypatch):
     device = Device.open(ONE, prepare(ONE.data))
     together = serve(InProcessGrid(device, "sequential"), ONE, None, lambda record: None)
-    folders = [extract(prepare(ONE.data), user, tmp_path / str(user)) for user in range(12)]
+    folders = [extract(prepare(ONE.data), range(user, user + 1), tmp_path / str(user)) for user in range(12)]
     grid = InProcessGrid(device, "sequential")
     plain = grid._context
 
@@ -55,8 +55,8 @@ def test_devices_with_their_own_files_train_the_same_model(tmp_path, monkeypatch
 
 def test_a_stranger_is_refused(tmp_path):
     prepared = prepare(ONE.data)
-    with pytest.raises(DataError, match="has no user 12; users are 0 to 11"):
-        extract(prepared, 12, tmp_path / "x")
+    with pytest.raises(DataError, match="has no users 12 … 12; its are 0 … 11"):
+        extract(prepared, range(12, 13), tmp_path / "x")
     with pytest.raises(DataError, match="exists already"):
-        extract(prepared, 1, tmp_path)
+        extract(prepared, range(1, 2), tmp_path)
     assert not (tmp_path / "x").exists()
