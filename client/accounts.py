@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context
 
-from common.errors import StateError
+from common.errors import StateError, UsageError
 from common.privacy import lines
 
 ACCOUNTS_FILE = "devices.jsonl"
@@ -102,11 +102,25 @@ def _is_participation(line: Any) -> bool:
 def accounts_of(context: Context, user: int) -> Accounts:
     """The account of the one user of a Flower context: in its node's `state-path`, and in any case in its state."""
     folder = str(context.node_config.get(STATE_PATH, ""))
-    accounts = _open(Path(folder) / ACCOUNTS_FILE) if folder else Accounts()
+    accounts = kept_by(context) if folder else Accounts()
     if RECORD in context.state:
         terms = dict(context.state.config_records[RECORD])
         accounts.remember(user, int(str(terms.pop("participations"))), terms)
     return accounts
+
+
+def kept_by(context: Context) -> Accounts:
+    """The accounts that a node keeps in its `state-path`.
+
+    Raises
+    ------
+    UsageError
+        Where it has none: what several users have spent would be forgotten from round to round.
+    """
+    folder = str(context.node_config.get(STATE_PATH, ""))
+    if not folder:
+        raise UsageError(f"this node has no {STATE_PATH!r} in its node config, where its users' accounts are kept")
+    return _open(Path(folder) / ACCOUNTS_FILE)
 
 
 def store(accounts: Accounts, context: Context, user: int) -> None:

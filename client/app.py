@@ -1,4 +1,4 @@
-"""The Flower ClientApp: one node, one user, whose events stay here."""
+"""The Flower ClientApp: one node, whose user's events, or whose users' events, stay here."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -7,9 +7,11 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.accounts import accounts_of, store
-from client.device import Device, user_of
-from client.handlers import handle_evaluate, handle_query, handle_train
+from client import shard
+from client.accounts import accounts_of, kept_by, store
+from client.device import Device, user_of, users_of
+from client.handlers import handle_evaluate, handle_query, handle_train, introduction
+from common.errors import UsageError
 from common.privacy.schema import ExampleLevel, on_device
 
 app = ClientApp()
@@ -17,26 +19,44 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Tell the server which user lives on this node."""
-    return handle_query([message], [user_of(context)], Device.of(context))[0]
+    """Tell the server which users live on this node."""
+    users, device = users_of(context), Device.of(context)
+    reply = handle_query([message], [users.start], device)[0]
+    return reply if reply.has_error() else introduction(message, users, device)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the global model on this user's events and reply with the update."""
-    user, device = user_of(context), Device.of(context)
-    if on_device(device.experiment.privacy) is None:
-        return handle_train([message], [user], device)[0]
-    device = replace(device, accounts=accounts_of(context, user), trainer=alone(device))
-    reply = handle_train([message], [user], device)[0]
-    store(device.accounts, context, user)
-    return reply
+    """Train the global model on the events of this node's users, and reply with the update."""
+    users, device = _here(message, context), Device.of(context)
+    if users is None:
+        user = user_of(context)
+        if on_device(device.experiment.privacy) is None:
+            return handle_train([message], [user], device)[0]
+        device = replace(device, accounts=accounts_of(context, user), trainer=alone(device))
+        reply = handle_train([message], [user], device)[0]
+        store(device.accounts, context, user)
+        return reply
+    if on_device(device.experiment.privacy) is not None:
+        device = replace(device, accounts=kept_by(context))
+    return shard.handle("train", message, users, device)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Rank this user's held-out item with the global model and reply with its rank."""
-    return handle_evaluate([message], [user_of(context)], Device.of(context))[0]
+    """Rank the held-out items of this node's users with the global model and reply with the ranks."""
+    users, device = _here(message, context), Device.of(context)
+    if users is None:
+        return handle_evaluate([message], [user_of(context)], device)[0]
+    return shard.handle("evaluate", message, users, device)
+
+
+def _here(message: Message, context: Context) -> list[int] | None:
+    """The users that a message names, all of this node; none where it names nobody."""
+    named = shard.addressed(message)
+    if named is not None and not set(named) <= set(users_of(context)):
+        raise UsageError("a message names users who do not live here")
+    return named
 
 
 def alone(device: Device) -> Callable[..., Iterable[Any]]:

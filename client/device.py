@@ -16,12 +16,14 @@ from common.config import Experiment, experiment_hash
 from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
 from common.data.sequences import Sequences
-from common.errors import UsageError
+from common.errors import DataError, UsageError
 from common.privacy.schema import on_device
 from common.run_config import experiment_of
 
 PARTITION = "partition-id"
 """Key in Flower's node config that says which user this node is."""
+DATA_PATH, CATALOGUE = "data-path", "catalogue"
+"""Keys of its prepared folder, and of the catalogue's version that this must have."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ class Device:
         `common.data.extract`); without it the experiment's data set is prepared. The node is the user with its
         `partition-id`.
         """
-        return _open(experiment_of(context), str(context.node_config.get("data-path", "")))
+        config = context.node_config
+        device = _open(experiment_of(context), str(config.get(DATA_PATH, "")))
+        if CATALOGUE in config and config[CATALOGUE] != device.catalogue.version:
+            raise DataError(f"{device.catalogue.folder}: its catalogue is not version {config[CATALOGUE]}")
+        return device
 
 
 @lru_cache(maxsize=4)
@@ -87,8 +93,28 @@ def user_of(context: Context) -> int:
     Raises
     ------
     UsageError
-        Where the node was not told which one.
+        Where the node was not told which one, or hosts several.
     """
-    if PARTITION not in context.node_config:
-        raise UsageError(f"this node has no {PARTITION!r} in its node config, so it does not know whose device it is")
-    return int(context.node_config[PARTITION])
+    users = users_of(context)
+    if len(users) != 1:
+        raise UsageError(f"this node has no {PARTITION!r} in its node config and hosts {len(users)} users: name some")
+    return users.start
+
+
+def users_of(context: Context) -> range:
+    """Users that live on this node: the one with its `partition-id`, else all of its `data-path`.
+
+    Raises
+    ------
+    UsageError
+        Where the node was told neither.
+    """
+    if PARTITION in context.node_config:
+        user = int(context.node_config[PARTITION])
+        return range(user, user + 1)
+    if DATA_PATH not in context.node_config:
+        raise UsageError(
+            f"this node's config has neither {PARTITION!r} nor {DATA_PATH!r}, so it does not know whose device it is"
+        )
+    sequences = Device.of(context).sequences
+    return range(sequences.first, sequences.first + len(sequences))

@@ -101,11 +101,20 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
 
 
 def handle_query(messages: Sequence[Message], users: Sequence[int], device: Device) -> list[Message]:
-    """Say who lives here and how large the public catalogue is; arguments and result as in `handle_train`."""
+    """Say who lives here and which public catalogue is known here; arguments and result as in `handle_train`."""
     asked, replies = _known(messages, users, device)
     for i in asked:
-        replies[i] = _metrics_reply(messages[i], {"user": int(users[i]), "items": device.catalogue.items})
+        replies[i] = introduction(messages[i], range(users[i], users[i] + 1), device)
     return _complete(messages, replies)
+
+
+def introduction(message: Message, users: range, device: Device) -> Message:
+    """What a node that hosts these users says of itself."""
+    sequences = device.sequences
+    population = sequences.population or len(sequences)
+    facts = {"first": users.start, "users": len(users), "population": population, "items": device.catalogue.items}
+    told = ConfigRecord({"catalogue": device.catalogue.version})
+    return Message(assembled(NO_RECORDS, {METRICS: assembled(NO_METRICS, facts), ROUND: told}), reply_to=message)
 
 
 HANDLERS: dict[str, Handler] = {"train": handle_train, "evaluate": handle_evaluate, "query": handle_query}

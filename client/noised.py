@@ -46,6 +46,12 @@ class Noised:
             body.mul_(factors.view(-1, 1))
             self.facts["below"] = (measured <= clip).numpy().astype(np.int64)
 
+    @property
+    def norms(self) -> NDArray[np.float64]:
+        """L2 norm of each whole update, noise included, ``(C,)``."""
+        found: NDArray[np.float64] = norms(self._table.flatten(1), self._body).numpy()
+        return found
+
     def __len__(self) -> int:
         """Number of users."""
         return len(self.users)

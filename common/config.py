@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from common.privacy.schema import ExampleLevel, NoPrivacy, PrivacyConfig, UserLevel, on_device
+from common.robustness import AggregationConfig, MeanAggregation
 from common.sources import DataConfig, Natural, Positive, Rate, Section, Share
 
 # --- model and loss ----------------------------------------------------------------------------------------------
@@ -159,6 +160,20 @@ class FedAdagrad(Section):
 OptimizerConfig = Annotated[FedAvg | FedAvgM | FedAdam | FedAdagrad, Field(discriminator="kind")]
 
 
+class RoundConfig(Section):
+    """When a round ends whose clients live elsewhere. In one process nobody is late."""
+
+    deadline: Rate = 600.0
+    """Seconds until replies that are not there are left out."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the users who must have a node that is there, at the start and between rounds, and of the nodes asked
+    that must answer; with fewer a round does not count, unless its noise is released in any case."""
+    wait: Rate = 300.0
+    """Seconds that too few users, or rounds that do not count, are waited for; then the run stops, resumable."""
+    oversample: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """So many more users are asked, as a share of the cohort, since some may not answer."""
+
+
 class FederationConfig(Section):
     """Who trains, how, and how the server puts the updates together."""
 
@@ -173,6 +188,15 @@ class FederationConfig(Section):
     """An update counts by the user's number of trained events, or every user counts the same."""
     local: LocalConfig = LocalConfig()
     """Training on the device."""
+    aggregation: AggregationConfig = MeanAggregation()
+    """How a round's updates become one."""
+    norm_bound: Rate | Literal["median"] | None = None
+    """Updates whose L2 norm is larger are scaled down to it: a number, or the median of the round's norms (Sun et al.,
+    arXiv 1911.07963). For `mean`, where some clients may be hostile."""
+    shards: Literal["sum", "users"] = "sum"
+    """What a node that hosts several users replies: the weighted sum of their updates, or each of them."""
+    round: RoundConfig = RoundConfig()
+    """When a round ends."""
     optimizer: OptimizerConfig = FedAdam(kind="fedadam")
     """The server's step."""
 
@@ -257,6 +281,27 @@ class Experiment(Section):
     """Engine, threads, memory."""
 
     @model_validator(mode="after")
+    def _robustness_makes_sense(self) -> "Experiment":
+        """What an aggregation rule cannot work with is refused."""
+        federation, kind = self.federation, self.federation.aggregation.kind
+        if kind == "mean" and federation.norm_bound is None:
+            return self
+        said = "federation.norm_bound " if kind == "mean" else f"federation.aggregation {kind} "
+        if not isinstance(self.privacy, NoPrivacy):
+            raise ValueError(
+                said + f"and privacy.kind {self.privacy.kind}: no such sum is in any account; a clip bounds"
+            )
+        if kind == "mean":
+            return self
+        if federation.norm_bound is not None:
+            raise ValueError(said + "bounds what an update may do in its own way; leave federation.norm_bound away")
+        if self.loss.kind != "softmax":
+            raise ValueError(said + "needs loss.kind=softmax: the median of rows that most users do not send is zero")
+        if federation.shards != "users":
+            raise ValueError(said + "needs federation.shards=users: it looks at single updates")
+        return self
+
+    @model_validator(mode="after")
     def _promises_hold(self) -> "Experiment":
         """What would make the account of a privacy mode a false one is refused."""
         privacy, federation = self.privacy, self.federation
@@ -276,6 +321,8 @@ class Experiment(Section):
             )
         if not isinstance(privacy, UserLevel):
             return self
+        if federation.round.oversample:
+            raise ValueError(said + "takes no federation.round.oversample: its rate of sampling is in the account")
         if federation.sampling != "poisson":
             raise ValueError(said + "needs federation.sampling=poisson: a cohort of fixed size has no such account")
         if privacy.cap is not None and privacy.cap < federation.cohort:

@@ -44,3 +44,9 @@ class BudgetSpent(HushrecError):  # noqa: N818 - it is a stop, not a fault
     """The next release would exceed the privacy budget; the last paid model is kept; exit code 3."""
 
     exit_code = 3
+
+
+class TooFewNodes(HushrecError):  # noqa: N818 - it is a stop, not a fault
+    """Too few nodes were there for too long; the run can be resumed; exit code 4."""
+
+    exit_code = 4

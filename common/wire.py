@@ -3,11 +3,15 @@
 | direction | record | holds |
 |---|---|---|
 | to a client | `MODEL` arrays | `table` (I, D), `body` (P,) |
-| | `ROUND` config | `round`, `split`, `experiment` (its hash) |
+| | `ROUND` config | `round`, `split`, `experiment` (its hash); `users`, where several live there |
 | from train | `UPDATE` arrays | `table` (R, D), `body` (P,), `rows` (R,) int32 unless the whole table moved |
 | | `METRICS` metrics | `user`, `events`, `loss` |
 | from evaluate | `METRICS` metrics | `user`, `rank`, `rank_sampled`; no rank where nothing is held out |
-| from query | `METRICS` metrics | `user`, `items` |
+| from query | `METRICS` metrics | `first`, `users` (who lives there), `population`, `items` |
+| | `ROUND` config | `catalogue` (its version) |
+
+A node that is asked for several users replies with lists in `METRICS`, and its `UPDATE` is the weighted sum of their
+updates, or there is an ``UPDATE-user`` of each; `ROUND` says how many refused (`refused`) and why (`reasons`).
 """
 
 from collections.abc import Callable, Mapping
@@ -44,6 +48,10 @@ class Pending(Protocol):
     """Rows that each user sends, ``(C,)``."""
     whole: bool
     """Whether these rows are the whole table."""
+
+    @property
+    def norms(self) -> NDArray[np.float64]:
+        """L2 norm of each whole update, ``(C,)``."""
 
     def __len__(self) -> int:
         """Number of users, C."""
@@ -216,7 +224,7 @@ def record(content: RecordDict, name: str, kind: type[R]) -> R:
     return found
 
 
-def number(metrics: MetricRecord, name: str) -> float:
+def number(metrics: Mapping[str, object], name: str) -> float:
     """One number of a metrics record; replies come from strangers, who may send a list or nothing.
 
     Raises
@@ -230,12 +238,28 @@ def number(metrics: MetricRecord, name: str) -> float:
     return value
 
 
-def whole_number(metrics: MetricRecord, name: str) -> int:
+def whole_number(metrics: Mapping[str, object], name: str) -> int:
     """One whole number of a metrics record; errors as in `number`."""
     value = number(metrics, name)
     if not isinstance(value, int):
         raise TypeError(f"{name} is not a whole number")
     return value
+
+
+def whole_numbers(values: Mapping[str, object], name: str) -> list[int]:
+    """A list of distinct whole numbers, none below 0; errors as in `number`."""
+    value = values[name]
+    if not isinstance(value, list) or any(type(each) is not int or each < 0 for each in value):
+        raise TypeError(f"{name} is not a list of whole numbers")
+    numbers: list[int] = list(value)
+    if len(set(numbers)) < len(numbers):
+        raise TypeError(f"{name} holds a number twice")
+    return numbers
+
+
+def of_user(name: str, user: int) -> str:
+    """Name of one user's record in the reply of a node that hosts several."""
+    return f"{name}-{user}"
 
 
 def payload_bytes(record: ArrayRecord) -> int:

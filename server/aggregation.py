@@ -1,7 +1,6 @@
 """From replies to one mean update: check each reply, then one indexed sum in the order of the users."""
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from math import nan
 from typing import NamedTuple
 
@@ -47,7 +46,7 @@ class Rejected(Exception):  # noqa: N818 - a verdict on one reply, never raised 
 
 
 def check(message: Message, weights: Weights, roster: Roster, silent: bool = False) -> Reply:
-    """Read one reply and hold it against the global weights.
+    """Read one user's reply and hold it against the global weights.
 
     Parameters
     ----------
@@ -70,27 +69,60 @@ def check(message: Message, weights: Weights, roster: Roster, silent: bool = Fal
         raise Rejected(f"refused: {one_line(message.error.reason)}")
     try:
         arrays = record(message.content, UPDATE, ArrayRecord)
-        metrics = record(message.content, METRICS, MetricRecord)
-        user, events, loss, participations = whole_number(metrics, "user"), 1, nan, 0
-        if silent:
-            participations = whole_number(metrics, "participations")
-        else:
-            events, loss = whole_number(metrics, "events"), float(number(metrics, "loss"))
-        below = whole_number(metrics, "below") if "below" in metrics else 1
+        said = facts_of(record(message.content, METRICS, MetricRecord), silent)
         # What this process computes itself has been checked by its maker, and is not computed one by one.
-        update = pending_of(arrays) or _explicit(arrays)
+        update = pending_of(arrays) or explicit(arrays)
         size = payload_bytes(arrays)
     except Exception as fault:  # numpy reads headers as Python, so a stranger's bytes can raise nearly anything
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
-    if not roster.hosts(message.metadata.src_node_id, user):
+    return checked(said, update, size, message.metadata.src_node_id, weights, roster, silent)
+
+
+class Facts(NamedTuple):
+    """What a device says beside its update."""
+
+    user: int
+    events: int
+    loss: float
+    below: int
+    participations: int
+
+
+def facts_of(metrics: Mapping[str, object], silent: bool) -> Facts:
+    """Read them.
+
+    Raises
+    ------
+    KeyError, TypeError
+        Where one is missing or of another kind.
+    """
+    user, events, loss, participations = whole_number(metrics, "user"), 1, nan, 0
+    if silent:
+        participations = whole_number(metrics, "participations")
+    else:
+        events, loss = whole_number(metrics, "events"), float(number(metrics, "loss"))
+    return Facts(user, events, loss, whole_number(metrics, "below") if "below" in metrics else 1, participations)
+
+
+def checked(
+    said: Facts,
+    update: Explicit | tuple[Pending, int],
+    size: int,
+    node: int,
+    weights: Weights,
+    roster: Roster,
+    silent: bool,
+) -> Reply:
+    """A reply of what a user says and sends; errors as in `check`."""
+    if not roster.hosts(node, said.user):
         raise Rejected("speaks for a user of another node")
-    if not 0 <= events < 2**31 or not (silent or np.isfinite(loss)) or below not in {0, 1}:
+    if not 0 <= said.events < 2**31 or not (silent or np.isfinite(said.loss)) or said.below not in {0, 1}:
         raise Rejected("impossible event count or loss")
-    if not 0 <= participations < 2**31:
+    if not 0 <= said.participations < 2**31:
         raise Rejected("impossible number of participations")
     if isinstance(update, Explicit):
-        _check_numbers(update, weights)
-    return Reply(user, events, loss, update, size, below, participations)
+        check_numbers(update, weights)
+    return Reply(said.user, said.events, said.loss, update, size, said.below, said.participations)
 
 
 def one_line(reason: str | None) -> str:
@@ -99,12 +131,27 @@ def one_line(reason: str | None) -> str:
     return text if len(text) <= 200 else f"{text[:60]} … {text[-137:]}"
 
 
-def _explicit(records: ArrayRecord) -> Explicit:
+def explicit(records: ArrayRecord) -> Explicit:
+    """An update's numbers, unchecked."""
     arrays = {name: np.asarray(array.numpy()) for name, array in records.items()}  # an archive becomes an odd array
     return Explicit(arrays["table"], arrays["body"], arrays.get("rows"))
 
 
-def _check_numbers(update: Explicit, weights: Weights) -> None:
+def norm(update: Explicit) -> float:
+    """Its L2 norm; infinite or NaN where a number is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.sqrt(np.float64(np.vdot(update.body, update.body)) + np.vdot(update.table, update.table)))
+
+
+def summed_numbers(update: Explicit, scale: float) -> tuple[NDArray[np.int64] | None, Weights]:
+    """Rows and numbers of an update times a factor, as `Pending.summed` gives them."""
+    rows = None if update.rows is None else update.rows.astype(np.int64)
+    parts = (torch.from_numpy(np.asarray(part, dtype=np.float32) * np.float32(scale)) for part in update[:2])
+    return rows, Weights(*parts)
+
+
+def check_numbers(update: Explicit, weights: Weights) -> None:
+    """Hold an update's numbers against the global weights; errors as in `check`."""
     table, body, rows = update
     items, dim = weights.table.shape
     if table.dtype != np.float32 or body.dtype != np.float32:
@@ -113,9 +160,7 @@ def _check_numbers(update: Explicit, weights: Weights) -> None:
         raise Rejected("item rows outside the catalogue or repeated")
     if body.shape != tuple(weights.body.shape) or table.shape != (items if rows is None else len(rows), dim):
         raise Rejected("wrong shape")
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.vdot(body, body) + np.vdot(table, table)
-    if not squares <= LARGEST**2:  # nor is NaN
+    if not norm(update) <= LARGEST:  # nor is NaN
         raise Rejected("not finite or too large")
 
 
@@ -125,28 +170,23 @@ def _valid_rows(rows: NDArray[np.int32], items: int) -> bool:
     return len(rows) == 0 or (rows.min() >= 0 and rows.max() < items and len(np.unique(rows)) == len(rows))
 
 
-def admit(
-    replies: Iterable[Message], weights: Weights, roster: Roster, silent: bool = False
-) -> tuple[list[Reply], Counter[str]]:
-    """Checked replies in the order of their users, and how many were left out for each reason; as in `check`."""
-    good: dict[int, Reply] = {}
-    rejected: Counter[str] = Counter()
-    for message in replies:
-        try:
-            reply = check(message, weights, roster, silent)
-            if reply.user in good:
-                raise Rejected("second reply of one user")
-            good[reply.user] = reply
-        except Rejected as verdict:
-            rejected[str(verdict)] += 1
-    return [good[user] for user in sorted(good)], rejected
-
-
 def weigh(replies: list[Reply], config: FederationConfig) -> NDArray[np.float32]:
     """Weight of each reply in the mean, ``(C,)``: its events, or one."""
     if config.weighting == "uniform":
         return np.ones(len(replies), dtype=np.float32)
     return np.array([reply.events for reply in replies], dtype=np.float32)
+
+
+def norms_of(replies: list[Reply]) -> NDArray[np.float64]:
+    """L2 norm of each update, ``(C,)``."""
+    waiting = {id(reply.update[0]): reply.update[0] for reply in replies if not isinstance(reply.update, Explicit)}
+    known = {name: updates.norms for name, updates in waiting.items()}
+    return np.array(
+        [
+            norm(reply.update) if isinstance(reply.update, Explicit) else known[id(reply.update[0])][reply.update[1]]
+            for reply in replies
+        ]
+    )
 
 
 def weighted_sum(replies: list[Reply], importance: NDArray[np.float32], weights: Weights) -> Weights:

@@ -23,9 +23,10 @@ from common.privacy.mechanism import add_noise, clip_factors, noised_histogram, 
 from common.privacy.noise import noise_source
 from common.privacy.plan import public_users, settle
 from common.privacy.schema import UserLevel, on_device
-from server.aggregation import Explicit, Reply, weigh, weighted_sum
+from server.aggregation import Explicit, Reply, norms_of, weigh, weighted_sum
 from server.ledger import RANKING, UPDATE, Ledger
 from server.optimizers import mean_of
+from server.robust import adaptive_bound, norm_bounded_factors, robust_mean
 from server.sampling import cohort, some_users, without_replacement
 
 Users = NDArray[np.int64]
@@ -92,7 +93,16 @@ class Curator:
         if not self.silent:
             told["loss"] = float(np.average([reply.loss for reply in replies], weights=importance))
         told["bytes_up_per_client"] = float(np.mean([reply.bytes for reply in replies]))
-        return mean_of(weighted_sum(replies, importance, weights), float(importance.sum())), told
+        federation = self.experiment.federation
+        if federation.aggregation.kind != "mean":
+            return robust_mean(federation.aggregation, replies, weights), told
+        factors = np.ones_like(importance)
+        if federation.norm_bound is not None:
+            norms = norms_of(replies)
+            bound = adaptive_bound(norms) if federation.norm_bound == "median" else float(federation.norm_bound)
+            factors = norm_bounded_factors(norms, bound)
+            told |= {"norm_bound": bound, "bounded_share": float((factors < 1).mean())}
+        return mean_of(weighted_sum(replies, importance * factors, weights), float(importance.sum())), told
 
     def figures(self, ranks: Ranks, asked: int, round_: int, cutoffs: list[int]) -> dict[str, float]:
         """Ranking quality as it may be told."""
@@ -102,6 +112,11 @@ class Curator:
     def tells_all(self) -> bool:
         """Whether losses, counts and ranks may be told as they are."""
         return True
+
+    @property
+    def noised(self) -> bool:
+        """Whether a round is released whoever answers: noise and denominator do not hang on it."""
+        return False
 
     def replayed(self, rounds: int) -> None:
         """Check that what has been released before a resume is in the account.
@@ -259,6 +274,11 @@ class PrivateCurator(Curator):
         std = self.experiment.evaluation.noise * self.terms.scale
         edges, counts = noised_histogram(ranks, max(cutoffs), self.items, std, self._noise, round_, attempt)
         return from_histogram(edges, counts, asked, cutoffs)
+
+    @property
+    def noised(self) -> bool:
+        """As in `Curator`: to leave a round out would tell who was asked."""
+        return True
 
     def replayed(self, rounds: int) -> None:
         """As in `Curator`."""

@@ -1,42 +1,89 @@
-"""Which node hosts which user; the server knows users by opaque numbers only."""
+"""Which node hosts which users; the server knows users by opaque numbers only."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from common.errors import StateError
-from common.wire import METRICS, ROUND, whole_number
+from common.errors import StateError, TooFewNodes
+from common.wire import METRICS, ROUND, record, whole_number
+from server.exchange import LOST, exchange
+
+ABSENT = 0
+"""Node of a user whose node never came; Flower gives no node that number."""
+MOST_USERS = 10_000_000
+"""Largest population that a node may claim."""
 
 
-@dataclass(frozen=True)
+class Answer(NamedTuple):
+    """What a node says of itself."""
+
+    node: int
+    users: range
+    population: int
+    items: int
+    catalogue: str
+
+    @property
+    def world(self) -> tuple[str, int, int]:
+        """What all nodes of a run must agree on."""
+        return self.catalogue, self.items, self.population
+
+
+@dataclass
 class Roster:
     """Users, the nodes they live on, and the size of the catalogue that these agree on."""
 
     nodes: Sequence[int]
-    """Node of user i at position i; a `range` where a process plays a large population."""
+    """Node of user i at position i, `ABSENT` where there is none; a `range` where a process plays a large population.
+    """
     items: int
     """Size of the catalogue."""
+    answers: dict[int, Answer] = field(default_factory=dict)
+    """By node; none where one answer was enough."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Nodes that stay out, and why."""
+    online: frozenset[int] | None = None
+    """Nodes that are there at the moment; none where all always are."""
 
     @property
     def population(self) -> int:
         """Number of users."""
         return len(self.nodes)
 
-    def node_of(self, user: int) -> int:
-        """Node that hosts a user."""
-        return self.nodes[user]
-
     def hosts(self, node: int, user: int) -> bool:
         """Whether a user lives on a node; nobody may speak for another."""
-        return 0 <= user < self.population and self.nodes[user] == node
+        return 0 <= user < self.population and self.nodes[user] == node != ABSENT
+
+    def shared(self, node: int) -> bool:
+        """Whether a node hosts several users."""
+        return node in self.answers and len(self.answers[node].users) > 1
+
+    def present(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of some users whose node is there."""
+        if self.online is None:
+            return users
+        return users[np.isin(self._places[users], np.array(list(self.online), dtype=np.uint64))]
+
+    @property
+    def _places(self) -> NDArray[np.uint64]:
+        return np.array(self.nodes, dtype=np.uint64)  # Flower draws node ids from all of 64 bits
+
+    @property
+    def share(self) -> float:
+        """Share of the users whose node is there."""
+        return len(self.present(np.arange(self.population))) / self.population if self.online is not None else 1.0
 
     @classmethod
-    def discover(cls, grid: Grid, fingerprint: str, wait: float = 60.0) -> "Roster":
+    def discover(
+        cls, grid: Grid, fingerprint: str, wait: float = 60.0, quorum: float = 1.0, timeout: float = 600.0
+    ) -> "Roster":
         """Ask the nodes who lives there.
 
         A Grid whose node ids are a `range` hosts user i on its i-th node by construction; one answer is enough then.
@@ -48,39 +95,111 @@ class Roster:
         fingerprint : str
             Hash of the experiment, for the clients to compare with theirs.
         wait : float
-            Seconds until no further node is waited for, counted from the last one that appeared.
+            Seconds that missing users are waited for.
+        quorum : float
+            Share of the users that must be there at last.
+        timeout : float
+            Seconds until a node's answer is not waited for.
 
         Raises
         ------
         StateError
-            Where no node answers, users are missing or twice, or catalogues differ.
+            Where no node comes, or none gives an answer that makes sense.
+        TooFewNodes
+            Where too few users are there.
         """
-        nodes = _settled(grid, wait)
+        began, nodes = time.monotonic(), _settled(grid, wait)
         if not nodes:
             raise StateError(f"no node came within {wait:.0f} s")
-        asked = nodes[:1] if isinstance(nodes, range) else nodes
-        content = RecordDict({ROUND: ConfigRecord({"experiment": fingerprint})})
-        replies = list(grid.send_and_receive([Message(content, node, "query") for node in asked], timeout=600))
-        failed = [reply for reply in replies if reply.has_error()]
-        if failed:
-            raise StateError(
-                f"{len(failed)} of {len(asked)} nodes could not say who lives there: {failed[0].error.reason}"
-            )
-        if len(replies) < len(asked):
-            raise StateError(f"{len(asked) - len(replies)} of {len(asked)} nodes did not say who lives there")
-        try:
-            said = [(reply.content.metric_records[METRICS], reply.metadata.src_node_id) for reply in replies]
-            answers = {whole_number(facts, "user"): node for facts, node in said}
-            catalogues = sorted({whole_number(facts, "items") for facts, _ in said})
-        except (KeyError, TypeError) as fault:
-            raise StateError(f"a node answered nonsense when asked who lives there ({fault})") from fault
-        if len(catalogues) != 1:
-            raise StateError(f"the nodes do not agree on one catalogue; sizes found: {catalogues}")
         if isinstance(nodes, range):
-            return cls(nodes, catalogues[0])
-        if sorted(answers) != list(range(len(asked))):
-            raise StateError(f"{len(replies)} nodes answered with users {min(answers)} … {max(answers)}, not one each")
-        return cls([answers[user] for user in range(len(answers))], catalogues[0])
+            answers, refused = ask(grid, nodes[:1], fingerprint, timeout)
+            if not answers:
+                raise StateError(f"1 of 1 nodes could not say who lives there: {', '.join(refused.values())}")
+            return cls(nodes, answers[0].items)
+        roster = cls([], 0, online=frozenset())
+        roster.meet(grid, nodes, fingerprint, timeout)
+        while roster.share < 1 and time.monotonic() - began < wait:
+            time.sleep(0.5)
+            roster.refresh(grid, fingerprint, timeout)
+        if roster.share < quorum:
+            why = "".join(
+                f"; left out: {reason} ({n})" for reason, n in Counter(roster.refused.values()).most_common(3)
+            )
+            raise TooFewNodes(
+                f"nodes of {roster.share:.0%} of the users came within {wait:.0f} s, not {quorum:.0%}{why}"
+            )
+        return roster
+
+    def refresh(self, grid: Grid, fingerprint: str, timeout: float) -> None:
+        """See who is there now, and ask those who never were before."""
+        if self.online is None:
+            return
+        nodes = list(grid.get_node_ids())
+        if new := [node for node in nodes if node not in self.answers and node not in self.refused]:
+            self.meet(grid, new, fingerprint, timeout)
+        self.online = frozenset(nodes)
+
+    def meet(self, grid: Grid, nodes: Sequence[int], fingerprint: str, timeout: float) -> None:
+        """Ask new nodes who lives there, and take in those that agree with the others."""
+        answers, refused = ask(grid, nodes, fingerprint, timeout)
+        if not answers and not self.answers:
+            reason = next(iter(refused.values()), "they are gone again")
+            raise StateError(f"{len(nodes)} of {len(nodes)} nodes could not say who lives there: {reason}")
+        if not self.answers:  # what most users' nodes say, of all that are there at the start
+            worlds: Counter[tuple[str, int, int]] = Counter()
+            for answer in answers:
+                worlds[answer.world] += len(answer.users)
+            (_, self.items, population), _ = worlds.most_common(1)[0]
+            self.nodes, world = [ABSENT] * population, worlds.most_common(1)[0][0]
+        else:
+            world = next(iter(self.answers.values())).world
+        places, taken = self._places, Counter(u for a in answers for u in a.users)
+        for answer in answers:
+            if answer.world != world:
+                refused[answer.node] = "another catalogue or population than most"
+            elif any(taken[user] > 1 for user in answer.users) or (places[np.array(answer.users)] != ABSENT).any():
+                refused[answer.node] = "hosts users that another node hosts, too"
+            else:
+                self.answers[answer.node] = answer
+        for node in self.answers.keys() & {answer.node for answer in answers}:
+            places[np.array(self.answers[node].users)] = node
+        self.nodes = places.tolist()
+        self.refused |= refused
+        self.online = (self.online or frozenset()) | frozenset(nodes)
+
+
+def ask(grid: Grid, nodes: Sequence[int], fingerprint: str, timeout: float) -> tuple[list[Answer], dict[int, str]]:
+    """Answers of nodes in their order, and why others gave none."""
+    content = RecordDict({ROUND: ConfigRecord({"experiment": fingerprint})})
+    replies = exchange(grid, [Message(content, node, "query") for node in nodes], timeout)
+    said: dict[int, Answer | str] = {}
+    gone = set()  # they may be asked again
+    for reply in replies:
+        node = reply.metadata.src_node_id
+        if reply.has_error() and reply.error.code in LOST:
+            gone.add(node)
+            continue
+        if reply.has_error():
+            said[node] = " ".join((reply.error.reason or "no reason given").split())[:200]
+            continue
+        try:
+            said[node] = _read(node, reply.content)
+        except (KeyError, TypeError, ValueError) as fault:
+            said[node] = f"nonsense when asked who lives there ({fault})"
+    verdicts = {node: said.get(node, "did not say who lives there") for node in nodes if node not in gone}
+    refused = {node: verdict for node, verdict in verdicts.items() if isinstance(verdict, str)}
+    return [verdict for verdict in verdicts.values() if isinstance(verdict, Answer)], refused
+
+
+def _read(node: int, content: RecordDict) -> Answer:
+    facts, told = record(content, METRICS, MetricRecord), record(content, ROUND, ConfigRecord)
+    first, users, population = (whole_number(facts, name) for name in ("first", "users", "population"))
+    if not (first >= 0 and users > 0 and first + users <= population <= MOST_USERS):
+        raise ValueError(f"users {first} … {first + users - 1} of {population}")
+    items = whole_number(facts, "items")
+    if items < 1:
+        raise ValueError(f"{items} items")
+    return Answer(node, range(first, first + users), population, items, str(told["catalogue"])[:64])
 
 
 def _settled(grid: Grid, wait: float) -> Sequence[int]:
@@ -101,5 +220,21 @@ def _settled(grid: Grid, wait: float) -> Sequence[int]:
 def messages(
     roster: Roster, users: NDArray[np.int64], content: RecordDict, kind: str, round_: int
 ) -> Iterator[Message]:
-    """One message per user, made as they are taken; all share one content, which nobody may write into."""
-    return (Message(content, roster.node_of(user), kind, group_id=str(round_)) for user in users.tolist())
+    """Messages for some users, made as they are taken: one each, but one for all who live on a shared node.
+
+    Those for single users share their content, which nobody may write into.
+    """
+    group = str(round_)
+    if not any(roster.shared(node) for node in roster.answers):
+        yield from (Message(content, roster.nodes[user], kind, group_id=group) for user in users.tolist())
+        return
+    together: dict[int, list[int]] = {}
+    for user in users.tolist():
+        together.setdefault(roster.nodes[user], []).append(user)
+    told = record(content, ROUND, ConfigRecord)
+    for node, here in together.items():
+        if roster.shared(node):
+            own = RecordDict({**content, ROUND: ConfigRecord({**told, "users": here})})
+            yield Message(own, node, kind, group_id=group)
+        else:
+            yield Message(content, node, kind, group_id=group)

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from common import timing
 from common.config import Experiment, experiment_hash
-from common.errors import BudgetSpent, Interrupted, StateError
+from common.errors import BudgetSpent, Interrupted, StateError, TooFewNodes
 from common.files import write_json
 from common.models.weights import Weights, initialise
 from common.timing import phase
 from server import checkpoint
 from server.checkpoint import State
 from server.curator import curator as curator_of
+from server.exchange import exchange, lost
 from server.journal import Observer, journal
 from server.ledger import RANKING, UPDATE
 from server.roster import Roster
@@ -32,8 +33,8 @@ from server.strategy import FederatedRanking
 SELECT = "ndcg@10"
 """Validation figure that chooses the round."""
 CHECKPOINT_FILE, MODEL_FILE, CARD_FILE = "checkpoint.safetensors", "model.safetensors", "privacy.json"
-TIMEOUT = 3600.0
-"""Seconds that a round waits for replies."""
+LOOK = 2.0
+"""Seconds between two looks for nodes that are missed."""
 RANKING_SLICE = 8192
 """Users that are asked for a rank at once, so that memory does not grow with the population."""
 
@@ -100,7 +101,8 @@ def serve(
     StateError
         Where the checkpoint is unusable or nothing can be written.
     """
-    roster = Roster.discover(grid, experiment_hash(experiment))
+    terms = experiment.federation.round
+    roster = Roster.discover(grid, experiment_hash(experiment), terms.wait, terms.quorum, terms.deadline)
     state = _start(experiment, roster, folder, resume)
     curator = curator_of(experiment, roster.population, roster.items, folder)
     curator.clip = state.clip or curator.clip
@@ -121,8 +123,13 @@ def serve(
         if spent:
             keep()
             break
+        try:
+            line = counted_round(grid, strategy, state.round + 1, record)
+        except TooFewNodes:
+            keep()
+            raise
         state.round += 1
-        record(train_round(grid, strategy, state.round))
+        record(line)
         state.clip = curator.clip
         if (state.round % every == 0 or state.round == last) and curator.affords(RANKING):
             record(_validate(grid, strategy, state))
@@ -132,6 +139,12 @@ def serve(
             keep()
         if stop and state.round < last:
             raise Interrupted(f"stopped after round {state.round} of {last}")
+    return _concluded(grid, strategy, state, folder, spent)
+
+
+def _concluded(grid: Grid, strategy: FederatedRanking, state: State, folder: Path | None, spent: bool) -> Outcome:
+    """Write the chosen model, and read the test split with it."""
+    experiment, roster, curator = strategy.experiment, strategy.roster, strategy.curator
     chosen = state.weights if state.best is None else state.best
     if folder:
         checkpoint.save_model(folder / MODEL_FILE, chosen, experiment)
@@ -141,9 +154,10 @@ def serve(
     if spent or not curator.affords(RANKING):
         _tell_card(folder, curator.card(numbers))
         raise BudgetSpent(
-            f"the privacy budget is spent after round {state.round} of {last}; the model of round {best_round} is kept"
-            + (f" in {folder}" if folder else "")
+            f"the privacy budget is spent after round {state.round} of {experiment.federation.rounds}; "
+            f"the model of round {best_round} is kept" + (f" in {folder}" if folder else "")
         )
+    gather(grid, judge)
     test = _rank(grid, judge, best_round, "test")
     if judge.rejections and not np.isfinite(test[0]).any():
         raise StateError(f"nobody could rank the test item: {', '.join(judge.rejections)}")
@@ -172,15 +186,65 @@ def _worn_out(experiment: Experiment, state: State) -> bool:
     return patience is not None and state.stale >= patience
 
 
+def gather(grid: Grid, strategy: FederatedRanking) -> None:
+    """See which nodes are there, and wait while they host too few users.
+
+    Raises
+    ------
+    TooFewNodes
+        Where they still do after `federation.round.wait`.
+    """
+    terms, roster = strategy.experiment.federation.round, strategy.roster
+    end = time.monotonic() + terms.wait
+    roster.refresh(grid, strategy.fingerprint, terms.deadline)
+    while roster.share < terms.quorum:
+        if time.monotonic() >= end:
+            raise TooFewNodes(
+                f"nodes of {roster.share:.0%} of the users are there, fewer than federation.round.quorum "
+                f"({terms.quorum:.0%}), after {terms.wait:.0f} s"
+            )
+        time.sleep(min(LOOK, terms.wait))
+        roster.refresh(grid, strategy.fingerprint, terms.deadline)
+
+
+def counted_round(
+    grid: Grid, strategy: FederatedRanking, round_: int, record: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """A round of training that counts; those that do not are told, and repeated with the same users and draws.
+
+    Raises
+    ------
+    TooFewNodes
+        Where nodes are missing for longer than `federation.round.wait`.
+    """
+    wait = strategy.experiment.federation.round.wait
+    end = None
+    while True:
+        gather(grid, strategy)
+        line = train_round(grid, strategy, round_)
+        if "void" not in line:
+            return line
+        record(line)
+        end = end or time.monotonic() + wait
+        if time.monotonic() >= end:
+            raise TooFewNodes(f"in round {round_} too few nodes answered in time, again and again for {wait:.0f} s")
+        time.sleep(min(LOOK, wait))
+
+
 def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str, Any]:
-    """One whole round of training; its line for `metrics.jsonl`."""
+    """One whole round of training; its line for `metrics.jsonl`, ``void`` where too few nodes answered."""
     began, _ = time.perf_counter(), timing.drain()
+    terms = strategy.experiment.federation.round
     with phase("asking"):
         messages = list(strategy.configure_train(round_, strategy.arrays(), ConfigRecord(), grid))
     with phase("answering"):
-        replies = grid.send_and_receive(messages, timeout=TIMEOUT)
-    _, metrics = strategy.aggregate_train(round_, replies)
-    facts = {"round": round_, "kind": "train", **(metrics or {})}
+        replies = exchange(grid, messages, terms.deadline)
+    gone = len(messages) - len(replies) + lost(replies)
+    void = gone > (1 - terms.quorum) * len(messages) + 1e-9 and not strategy.curator.noised
+    metrics = {"void": 1} if void else strategy.aggregate_train(round_, replies)[1]
+    facts = {"round": round_, "kind": "train", **(metrics or {})} | (
+        {"lost": gone} if gone and strategy.curator.tells_all else {}
+    )
     return facts | _told(strategy, {"seconds": time.perf_counter() - began, "phases": timing.drain()})
 
 
@@ -208,4 +272,5 @@ def _told(strategy: FederatedRanking, timed: dict[str, Any]) -> dict[str, Any]:
 def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[Ranks, Ranks]:
     messages = iter(strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), grid))
     slices = iter(lambda: list(islice(messages, RANKING_SLICE)), [])
-    return strategy.ranks(reply for part in slices for reply in grid.send_and_receive(part, timeout=TIMEOUT))
+    deadline = strategy.experiment.federation.round.deadline
+    return strategy.ranks(reply for part in slices for reply in exchange(grid, part, deadline))

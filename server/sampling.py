@@ -1,6 +1,7 @@
 """Who takes part in a round: a pure function of the seed and the round, so a resumed run needs only its number."""
 
 from functools import lru_cache
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ def cohort(config: FederationConfig, population: int, seed: int, round_: int) ->
         ``(C,)`` int64; empty at times under `poisson`; under `passes` as many rounds of equal size as a pass needs,
         so a little less than `cohort` where that does not divide the population.
     """
-    size = min(config.cohort, population)
+    size = min(ceil(config.cohort * (1 + config.round.oversample)), population)
     if config.sampling == "passes":
         return _in_turn(population, seed, size, round_)
     rng = generator(seed, "cohort", round_)

@@ -7,6 +7,7 @@ It reads like the algorithm: `configure_train` is what the server says, `aggrega
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from math import nan
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
@@ -20,11 +21,12 @@ from common.metrics import point
 from common.models.weights import Weights
 from common.timing import phase
 from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, record, whole_number
-from server.aggregation import admit, one_line
+from server.aggregation import one_line
 from server.curator import Curator
 from server.curator import curator as curator_of
 from server.optimizers import ServerOptimizer
 from server.roster import Roster, messages
+from server.shard import Terms, admit, ranks_of
 
 PATIENCE = 3
 """Rounds of refusals alone, from the first on, after which the experiment and not a client must be at fault."""
@@ -56,6 +58,10 @@ class FederatedRanking(Strategy):
         """Reasons for the replies left out of the last round or ranking, and how many each."""
         self.asked = 0
         """Users who were asked for a rank and answered, be it with an error."""
+        self.absent = 0
+        """Users of the last cohort whose node was not there."""
+        self._cohort: frozenset[int] | None = None
+        self._judged: Counter[int] = Counter()  # users asked for a rank on each node that hosts several
         self.heard = self.refused = 0  # replies that passed; rounds and rankings until then in which none did
 
     def arrays(self) -> ArrayRecord:
@@ -67,7 +73,9 @@ class FederatedRanking(Strategy):
     ) -> Iterable[Message]:
         """One message for each user sampled in this round."""
         told = config if self.curator.clip is None else ConfigRecord({**config, "clip": self.curator.clip})
-        users = self.curator.cohort(server_round)
+        chosen = self.curator.cohort(server_round)
+        users = self.roster.present(chosen)
+        self.absent, self._cohort = len(chosen) - len(users), frozenset(users.tolist())
         return messages(self.roster, users, self._content(server_round, arrays, told), "train", server_round)
 
     def aggregate_train(
@@ -75,7 +83,9 @@ class FederatedRanking(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Step along the mean of the updates that pass the check; with none, the model stays as it is."""
         with phase("checking"):
-            good, rejected = admit(replies, self.weights, self.roster, self.curator.silent)
+            curator, federation = self.curator, self.experiment.federation
+            terms = Terms(self.weights, self.roster, federation, curator.silent, curator.clip)
+            good, rejected = admit(replies, terms, self._cohort, server_round)
         self._note(rejected, len(good))
         with phase("summing"):
             update, told = self.curator.mean(server_round, good, self.weights)
@@ -85,13 +95,17 @@ class FederatedRanking(Strategy):
         metrics: dict[str, MetricRecordValues] = {**told}
         if self.curator.tells_all:
             metrics["rejected"] = sum(rejected.values())
+            if self.absent:
+                metrics["absent"] = self.absent
         return self.arrays(), MetricRecord(metrics)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message for each user that ranks, made as they are taken."""
-        users = self.curator.judges(str(config["split"]), server_round)
+        users = self.roster.present(self.curator.judges(str(config["split"]), server_round))
+        if self.roster.answers:
+            self._judged = Counter(self.roster.nodes[user] for user in users.tolist())
         return messages(self.roster, users, self._content(server_round, arrays, config), "evaluate", server_round)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -108,17 +122,16 @@ class FederatedRanking(Strategy):
         rejected: Counter[str] = Counter()
         self.asked = 0
         for reply in replies:
-            self.asked += 1
+            node = reply.metadata.src_node_id
+            self.asked += self._judged[node] if self.roster.shared(node) else 1
             if reply.has_error():
                 rejected[one_line(reply.error.reason)] += 1
                 continue
             with suppress(KeyError, TypeError):  # what is no number is no rank
-                said = record(reply.content, METRICS, MetricRecord)
-                user, rank = whole_number(said, "user"), number(said, "rank")
-                if self.roster.hosts(reply.metadata.src_node_id, user) and 1 <= rank <= self.roster.items:
-                    full[user] = rank
-                    few = number(said, "rank_sampled")
-                    sampled[user] = few if 1 <= few <= self.roster.items else np.nan
+                for user, rank, few in ranks_of(reply) if self.roster.shared(node) else [_rank_of(reply)]:
+                    if self.roster.hosts(node, user) and 1 <= rank <= self.roster.items:
+                        full[user] = rank
+                        sampled[user] = few if 1 <= few <= self.roster.items else np.nan
         self._note(rejected, self.asked - rejected.total())
         return full, sampled
 
@@ -149,3 +162,10 @@ class FederatedRanking(Strategy):
     def _content(self, round_: int, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         told = ConfigRecord({"round": round_, "experiment": self.fingerprint, **config})
         return RecordDict({MODEL: arrays, ROUND: told})
+
+
+def _rank_of(reply: Message) -> tuple[int, float, float]:
+    """User, rank and sampled rank of a device's reply."""
+    said = record(reply.content, METRICS, MetricRecord)
+    few = said.get("rank_sampled")
+    return whole_number(said, "user"), number(said, "rank"), few if isinstance(few, int | float) else nan

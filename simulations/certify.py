@@ -30,10 +30,11 @@ from common.models.shapes import ITEM_TABLE
 from common.models.weights import Weights, initialise, named
 from common.privacy.schema import on_device
 from common.wire import METRICS, UPDATE, record, whole_number
-from server.aggregation import admit, weigh, weighted_sum
+from server.aggregation import weigh, weighted_sum
 from server.roster import Roster
 from server.rounds import Outcome, serve
 from server.sampling import cohort
+from server.shard import Terms, admit
 from server.strategy import FederatedRanking
 from simulations import centralised
 from simulations.engines import play
@@ -153,7 +154,7 @@ def _updates(grid: Grid, experiment: Experiment, weights: Weights) -> tuple[dict
     strategy = FederatedRanking(experiment, roster, Weights(*(part.clone() for part in weights)))
     sent = strategy.configure_train(1, strategy.arrays(), ConfigRecord(), grid)
     replies = [reply for reply in grid.send_and_receive(sent) if not reply.has_error()]
-    good, _ = admit(replies, weights, roster, strategy.curator.silent)
+    good, _ = admit(replies, Terms(weights, roster, experiment.federation, strategy.curator.silent))
     importance = weigh(good, experiment.federation)
     importance /= importance.sum()
     share = dict(zip((reply.user for reply in good), importance.tolist(), strict=True))

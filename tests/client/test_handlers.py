@@ -19,7 +19,7 @@ from client.training import Updates
 from common.data.prepare import prepare
 from common.errors import UsageError
 from common.models.weights import Weights
-from common.wire import METRICS, REFUSED, UPDATE, pending_of
+from common.wire import METRICS, REFUSED, ROUND, UPDATE, pending_of
 from tests.support import records, world
 
 ITEMS = 20
@@ -131,16 +131,19 @@ def test_no_sampled_rank_unless_asked_for(here):
 
 
 def test_query_replies_with_user_and_catalogue(here):
-    assert [said(reply) for reply in handle_query(ask(here, "query"), USERS, here.device)] == [
-        ({"user": user, "items": ITEMS}, {}) for user in USERS
+    replies = handle_query(ask(here, "query"), USERS, here.device)
+    assert [dict(reply.content.metric_records[METRICS]) for reply in replies] == [
+        {"first": user, "users": 1, "population": len(USERS), "items": ITEMS} for user in USERS
     ]
+    assert {reply.content.config_records[ROUND]["catalogue"] for reply in replies} == {here.device.catalogue.version}
 
 
 @pytest.mark.parametrize("kind", HANDLERS)
 def test_replies_come_in_the_order_of_the_messages(here, kind):
     users = [3, 0, 4, 1, 2]
     replies = HANDLERS[kind](ask(here, kind, users), users, here.device)
-    assert [reply.content.metric_records[METRICS]["user"] for reply in replies] == users
+    name = "first" if kind == "query" else "user"
+    assert [reply.content.metric_records[METRICS][name] for reply in replies] == users
     assert [reply.metadata.src_node_id for reply in replies] == [world.NODE + user for user in users]
     assert all(reply.metadata.message_type == kind for reply in replies)
 

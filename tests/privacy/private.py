@@ -77,10 +77,10 @@ def reply(user, table, body, rows=None, below=1):
     return Reply(user, 1, 0.5, Explicit(table, body, rows), 4 * (table.size + body.size), below)
 
 
-def message(user, table, body, rows=None, **metrics):
+def message(user, table, body, rows=None, round_=1, **metrics):
     """The same as it comes over a network."""
     values = {"table": table, "body": body} | ({} if rows is None else {"rows": np.asarray(rows, dtype=np.int32)})
-    return world.answer(user, metrics={"events": 1, "loss": 0.5, **metrics}, **values)
+    return world.answer(user, metrics={"events": 1, "loss": 0.5, **metrics}, round_=round_, **values)
 
 
 def asked(experiment, weights, users, clip, round_=1):

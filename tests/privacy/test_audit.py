@@ -127,7 +127,8 @@ def audit(z, k=1000, seed=0, way="curator"):
         if way == "strategy":
             before = Weights(*(part.clone() for part in made.weights))
             messages = [
-                private.message(user, *update, events=HEAVY if heavy[user] else LIGHT) for user, *update in updates
+                private.message(user, *update, round_=round_, events=HEAVY if heavy[user] else LIGHT)
+                for user, *update in updates
             ]
             made.aggregate_train(round_, messages)
             change = Weights(*(part - old for part, old in zip(made.weights, before, strict=True)))

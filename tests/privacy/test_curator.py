@@ -11,7 +11,7 @@ from client.handlers import handle_train
 from common.errors import StateError
 from common.metrics import point
 from common.wire import METRICS
-from server.aggregation import admit
+from server.shard import Terms, admit
 from server.curator import Curator, PrivateCurator, curator
 from server.ledger import RANKING, UPDATE
 from server.rounds import serve
@@ -386,7 +386,7 @@ def test_a_device_says_whether_it_was_below():
 def test_a_stranger_is_below_or_not(below):
     experiment = private.experiment()
     made = private.strategy(experiment)
-    good, rejected = admit(answers(experiment, 1, below=below), made.weights, made.roster)
+    good, rejected = admit(answers(experiment, 1, below=below), Terms(made.weights, made.roster, experiment.federation))
     assert good == []
     assert rejected.total() == 1
 

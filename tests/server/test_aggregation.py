@@ -11,8 +11,9 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from common.config import FederationConfig
 from common.models.weights import Weights
 from common.wire import METRICS, UPDATE
-from server.aggregation import Explicit, Reply, admit, weigh, weighted_sum
+from server.aggregation import Explicit, Reply, weigh, weighted_sum
 from server.roster import Roster
+from server.shard import Terms, admit
 from server.strategy import FederatedRanking
 from tests.support import world
 from tests.support.world import answer
@@ -229,19 +230,19 @@ def test_reasons_are_counted():
 
 
 def test_a_sound_reply_is_read_as_it_was_meant():
-    (found,), rejected = admit([reply(2, rows=[5, 0])], fresh(), ROSTER)
+    (found,), rejected = admit([reply(2, rows=[5, 0])], Terms(fresh(), ROSTER, FederationConfig()))
     assert not rejected
     assert (found.user, found.events, found.loss, found.update.rows.tolist()) == (2, 3, 0.5, [5, 0])
     np.testing.assert_array_equal(found.update.table, numbers(2, DIM, seed=2))
     np.testing.assert_array_equal(found.update.body, numbers(BODY, seed=11))
     assert found.bytes == 4 * (2 * DIM + BODY + 2)
-    (dense,), _ = admit([reply(2, rows=None)], fresh(), ROSTER)
+    (dense,), _ = admit([reply(2, rows=None)], Terms(fresh(), ROSTER, FederationConfig()))
     assert dense.update.rows is None
     assert dense.bytes == 4 * (ITEMS * DIM + BODY)
 
 
 def test_no_rows_at_all_are_sound():
-    (found,), rejected = admit([reply(1, rows=[])], fresh(), ROSTER)
+    (found,), rejected = admit([reply(1, rows=[])], Terms(fresh(), ROSTER, FederationConfig()))
     assert (len(found.update.rows), not rejected) == (0, True)
 
 

@@ -1,16 +1,17 @@
-"""Who lives where: nodes in order or shuffled, missing, twice, quarrelling, refusing."""
+"""Who lives where: nodes in order or shuffled, with one user or many, missing, quarrelling, refusing, coming late."""
 
 import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from common.errors import StateError
-from common.wire import ROUND
+from common.errors import StateError, TooFewNodes
+from common.wire import METRICS, ROUND
+from server import exchange as exchange_module
 from server import roster as module
-from server.roster import Roster, messages
+from server.roster import ABSENT, Answer, Roster, messages
 from tests.support import world
 
 
@@ -25,11 +26,17 @@ class Nodes:
         self.nodes = next(self.arrivals, self.answers)
         return list(self.nodes)
 
-    def send_and_receive(self, sent, *, timeout=None):
-        self.asked += sent
-        return [
-            answer for message in sent if (answer := self.answers[message.metadata.dst_node_id](message)) is not None
-        ]
+    def push_messages(self, sent):
+        sent = list(sent)
+        for message in sent:
+            message.metadata.__dict__["_message_id"] = f"m{len(self.asked)}"
+            self.asked.append(message)
+        return [message.metadata.message_id for message in sent]
+
+    def pull_messages(self, names):
+        waiting = [message for message in self.asked if message.metadata.message_id in names]
+        answers = [self.answers[message.metadata.dst_node_id](message) for message in waiting]
+        return [answer for answer in answers if answer is not None]
 
 
 class Numbered(Nodes):
@@ -38,18 +45,24 @@ class Numbered(Nodes):
     def get_node_ids(self):
         return range(world.NODE, world.NODE + len(self.answers))
 
+    def send_and_receive(self, sent, *, timeout=None):
+        return self.pull_messages(self.push_messages(sent))
 
-def says(user, items=9, **more):
+
+def says(first, users=1, items=9, population=3, catalogue="c", **more):
     def answer(message):
-        made = world.answer(user, node=message.metadata.dst_node_id, metrics={"items": items, **more})
-        del made.content["update"]
-        return made
+        facts = {"first": first, "users": users, "population": population, "items": items, **more}
+        content = RecordDict({METRICS: MetricRecord(facts), ROUND: ConfigRecord({"catalogue": catalogue})})
+        return Message(content, reply_to=message)
 
     return answer
 
 
-def refuses(message):
-    return world.answer(0, node=message.metadata.dst_node_id, error="wrong experiment")
+def fails(code, reason):
+    return lambda message: Message(Error(code, reason), reply_to=message)
+
+
+refuses = fails(1, "wrong experiment")
 
 
 def silent(message):
@@ -57,9 +70,7 @@ def silent(message):
 
 
 def babbles(message):
-    made = says(0)(message)
-    made.content.metric_records.clear()
-    return made
+    return Message(RecordDict({ROUND: ConfigRecord()}), reply_to=message)
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +80,7 @@ def clock(monkeypatch):
     now = SimpleNamespace(time=0.0)
     fake = SimpleNamespace(monotonic=lambda: now.time, sleep=lambda s: setattr(now, "time", now.time + s))
     monkeypatch.setattr(module, "time", fake)
+    monkeypatch.setattr(exchange_module, "time", fake)
     return now
 
 
@@ -80,25 +92,41 @@ def test_nodes_in_order_need_one_answer():
     grid = Numbered({2: says(0), 3: refuses, 4: refuses})
     found = discover(grid)
     assert len(grid.asked) == 1
-    assert (found.population, found.items) == (3, 9)
-    assert [found.node_of(user) for user in range(3)] == [2, 3, 4]
+    assert (found.population, found.items, found.share) == (3, 9, 1.0)
+    assert list(found.nodes) == [2, 3, 4]
     assert isinstance(found.nodes, range)  # a large population costs nothing
 
 
 def test_shuffled_nodes_are_all_asked(clock):
     grid = Nodes({70: says(2), 11: says(0), 35: says(1)})
     found = discover(grid)
-    assert [found.node_of(user) for user in range(3)] == [11, 35, 70]
+    assert list(found.nodes) == [11, 35, 70]
     assert [message.metadata.dst_node_id for message in grid.asked] == [70, 11, 35]
     assert {message.metadata.message_type for message in grid.asked} == {"query"}
     assert all(message.content.config_records[ROUND]["experiment"] == "fingerprint" for message in grid.asked)
     assert clock.time == pytest.approx(3)  # nobody new for so long
 
 
+def test_a_node_may_host_a_shard_and_have_a_number_of_64_bits():
+    large = 2**64 - 5
+    found = discover(Nodes({large: says(0, users=2), 35: says(2)}))
+    assert list(found.nodes) == [large, large, 35]
+    assert found.shared(large)
+    assert not found.shared(35)
+    assert found.present(np.array([0, 2])).tolist() == [0, 2]
+
+
 def test_latecomers_are_waited_for(clock):
     found = discover(Nodes({5: says(0), 6: says(1), 7: says(2)}, {}, {}, {6: 0}, {6: 0}, {5: 0, 6: 0}))
     assert found.population == 3
     assert clock.time > 3
+
+
+def test_who_comes_after_a_while_completes_the_population():
+    early = {6: says(0, users=2)}
+    grid = Nodes({**early, 5: says(2)}, *[early] * 30)
+    assert list(discover(grid, wait=60).nodes) == [6, 6, 5]
+    assert len(grid.asked) == 2  # nobody twice
 
 
 def test_nobody_comes(clock):
@@ -110,32 +138,79 @@ def test_nobody_comes(clock):
 @pytest.mark.parametrize(
     ("answers", "why"),
     [
-        ([says(0), says(2)], "not one each"),
-        ([says(1), says(2)], "not one each"),
-        ([says(0), says(0)], "not one each"),
-        ([says(0), says(-1)], "not one each"),
-        ([says(0), says(1, items=8)], r"do not agree on one catalogue; sizes found: \[8, 9\]"),
-        ([says(0), refuses], "1 of 2 nodes could not say who lives there: wrong experiment"),
-        ([says(0), silent], "1 of 2 nodes did not say who lives there"),
-        ([silent, silent], "2 of 2 nodes did not say who lives there"),
-        ([says(0), babbles], "nonsense"),
-        ([says(0), says(1.5)], "nonsense"),
-        ([says(0), says([1])], "nonsense"),
-        ([says(0), says(1, items=9.0)], "nonsense"),
+        ([says(0), says(2)], "67% of the users"),
+        ([says(0), says(0)], r"0% of the users.*hosts users that another node hosts, too \(2\)"),
+        ([says(0, users=2), says(1, users=2)], "0% of the users"),
+        ([says(0, users=2), says(2, items=8)], r"67%.*another catalogue or population than most \(1\)"),
+        ([says(0, users=2), says(2, catalogue="d")], r"67%.*another catalogue or population than most \(1\)"),
+        ([says(0, users=2), says(2, population=4)], r"67%.*another catalogue"),
+        ([says(0), refuses], r"33%.*wrong experiment \(1\)"),
+        ([says(0), silent], r"33%.*did not say who lives there \(1\)"),
+        ([says(0), says(-1)], "33%.*nonsense"),
+        ([says(0), says(2, users=2)], "33%.*nonsense"),
+        ([says(0), says(1, users=0)], "33%.*nonsense"),
+        ([says(0), says(1, population=10**12)], "33%.*nonsense"),
+        ([says(0), says(1, items=0)], "33%.*nonsense"),
+        ([says(0), babbles], "33%.*nonsense"),
+        ([says(0), says(1.5)], "33%.*nonsense"),
+        ([says(0), says([1])], "33%.*nonsense"),
+        ([says(0), says(1, items=9.0)], "33%.*nonsense"),
     ],
 )
-def test_disorder_is_an_error_of_one_line(answers, why):
-    with pytest.raises(StateError, match=why) as caught:
+def test_disorder_is_named_and_ends_a_run_that_wants_everybody(answers, why):
+    with pytest.raises(TooFewNodes, match=why) as caught:
         discover(Nodes(dict(enumerate(answers, 40))))
     assert "\n" not in str(caught.value)
+
+
+def test_a_quorum_goes_on_without_the_others():
+    grid = Nodes({40: says(0, users=2), 41: refuses})
+    found = discover(grid, quorum=0.6)
+    assert list(found.nodes) == [40, 40, ABSENT]
+    assert found.present(np.arange(3)).tolist() == [0, 1]
+    assert found.refused == {41: "wrong experiment"}
+    assert not found.hosts(ABSENT, 2)
+
+
+def test_nodes_go_and_come_back():
+    grid = Nodes({40: says(0, users=2), 41: says(2)})
+    found = discover(grid)
+    grid.answers = {41: says(2)}
+    found.refresh(grid, "fingerprint", 1.0)
+    assert found.present(np.arange(3)).tolist() == [2]
+    assert found.share == pytest.approx(1 / 3)
+    grid.answers = {40: says(0, users=2), 41: says(2)}
+    found.refresh(grid, "fingerprint", 1.0)
+    assert found.share == 1.0
+    assert len(grid.asked) == 2
+
+
+@pytest.mark.parametrize("late", [says(0), says(2, catalogue="d"), refuses])
+def test_a_newcomer_takes_nobodys_place(late):
+    grid = Nodes({40: says(0, users=2)})
+    found = discover(grid, quorum=0.5, wait=5)
+    grid.answers = {**grid.answers, 41: late}
+    found.refresh(grid, "fingerprint", 1.0)
+    assert list(found.nodes) == [40, 40, ABSENT]
+    assert 41 in found.refused
+
+
+def test_a_node_that_was_lost_when_it_was_asked_is_asked_again():
+    grid = Nodes({40: says(0, users=2), 41: fails(5, "node unavailable")})
+    found = discover(grid, quorum=0.5, wait=5)
+    grid.answers[41] = says(2)
+    found.refresh(grid, "fingerprint", 1.0)
+    assert list(found.nodes) == [40, 40, 41]
 
 
 @pytest.mark.parametrize(
     ("answer", "why"), [(refuses, "wrong experiment"), (silent, "did not say"), (babbles, "nonsense")]
 )
-def test_a_numbered_grid_that_does_not_answer_is_an_error(answer, why):
+def test_a_grid_in_which_nobody_answers_is_an_error(answer, why):
     with pytest.raises(StateError, match=why):
         discover(Numbered({2: answer, 3: says(1)}))
+    with pytest.raises(StateError, match=why):
+        discover(Nodes({40: answer}))
 
 
 def test_an_empty_grid_is_an_error():
@@ -156,3 +231,13 @@ def test_messages_share_their_content():
     assert [message.metadata.dst_node_id for message in sent] == [6, 7]
     assert {(message.metadata.message_type, message.metadata.group_id) for message in sent} == {("train", "4")}
     assert all(message.content is content for message in sent)
+
+
+def test_a_shared_node_gets_one_message_that_names_its_users():
+    content = RecordDict({ROUND: ConfigRecord({"round": 4})})
+    hosts = {7: Answer(7, range(2), 3, 9, "c"), 6: Answer(6, range(2, 3), 3, 9, "c")}
+    sent = list(messages(Roster([7, 7, 6], 9, hosts), np.array([0, 1, 2]), content, "train", 4))
+    assert [message.metadata.dst_node_id for message in sent] == [7, 6]
+    told = [dict(message.content.config_records[ROUND]) for message in sent]
+    assert told == [{"round": 4, "users": [0, 1]}, {"round": 4}]
+    assert "users" not in content.config_records[ROUND]

@@ -27,7 +27,7 @@ def made(**sections):
 
 
 def rank_reply(user, node=None, **said):
-    question = Message(RecordDict(), ROSTER.node_of(user) if node is None else node, "evaluate")
+    question = Message(RecordDict(), ROSTER.nodes[user] if node is None else node, "evaluate")
     return Message(RecordDict({METRICS: MetricRecord({"user": user, **said})}), reply_to=question)
 
 

@@ -36,7 +36,8 @@ def ask(here, kind, users=range(USERS), **config):
 
 
 def users_of(replies):
-    return [reply.content.metric_records[METRICS]["user"] for reply in replies]
+    said = [reply.content.metric_records[METRICS] for reply in replies]
+    return [facts["user" if "user" in facts else "first"] for facts in said]
 
 
 # --- both engines ----------------------------------------------------------------------------------------------------

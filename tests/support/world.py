@@ -53,7 +53,9 @@ def random_histories(lengths, items, seed=0):
 
 def device(experiment, sequences, items):
     """A device that plays all users."""
-    return Device(experiment, sequences, Catalogue(NOWHERE, len(sequences), items, "digest"))
+    catalogue = Catalogue(NOWHERE, len(sequences), items, "digest")
+    catalogue.__dict__["version"] = "made up"  # there is no file to read it from
+    return Device(experiment, sequences, catalogue)
 
 
 def weights(config: ModelConfig, items, seed=0, scale=0.3):
@@ -77,10 +79,10 @@ def ask(kind, experiment, weights=None, users=(0,), round_=1, **config):
     return [Message(content, NODE + user, kind, group_id=str(round_)) for user in users]
 
 
-def answer(user, *, node=None, error=None, metrics=None, without=(), **values):
+def answer(user, *, node=None, error=None, metrics=None, without=(), round_=1, **values):
     """A client's reply: arrays by name; `metrics` None, or what goes beside `user`; `without` leaves records out."""
     identify()
-    question = Message(RecordDict(), NODE + user if node is None else node, "train")
+    question = Message(RecordDict(), NODE + user if node is None else node, "train", group_id=str(round_))
     if error is not None:
         return Message(Error(1, error), reply_to=question)
     records = {UPDATE: arrays(**values), METRICS: MetricRecord({"user": user, **(metrics or {})})}

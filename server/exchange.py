@@ -1,0 +1,47 @@
+"""Messages out, replies in, until a deadline that no clock can be turned back on."""
+
+import time
+from collections.abc import Iterable
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+LOST = frozenset({0, 3, 4, 5, 8})
+"""Flower's error codes of replies that it makes itself for a node that is gone, or whose client died."""
+FIRST_POLL, SLOWEST_POLL = 0.1, 2.0
+"""Seconds between two looks for replies, at first and at last."""
+
+
+def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> list[Message]:
+    """Send messages and collect what comes back in time.
+
+    Flower's own `send_and_receive` looks every three seconds, and at the time of day, which may jump.
+
+    Parameters
+    ----------
+    grid : Grid
+        Where node ids are a `range` all nodes live in this process, and nobody can be late.
+    messages : iterable of Message
+        One or none per node and user.
+    deadline : float
+        Seconds until what is not there is left out.
+    """
+    if isinstance(grid.get_node_ids(), range):
+        return list(grid.send_and_receive(messages, timeout=deadline))
+    waiting = set(grid.push_messages(messages))
+    end, pause = time.monotonic() + deadline, FIRST_POLL
+    replies: list[Message] = []
+    while waiting:
+        came = list(grid.pull_messages(waiting))
+        replies += came
+        waiting -= {reply.metadata.reply_to_message_id for reply in came}
+        if not waiting or time.monotonic() >= end:
+            break
+        time.sleep(min(pause, max(end - time.monotonic(), 0.0)))
+        pause = FIRST_POLL if came else min(2 * pause, SLOWEST_POLL)
+    return replies
+
+
+def lost(replies: Iterable[Message]) -> int:
+    """Replies that Flower made for nodes that are gone."""
+    return sum(reply.has_error() and reply.error.code in LOST for reply in replies)

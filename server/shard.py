@@ -1,0 +1,230 @@
+"""The reply of a node that hosts several users, taken apart into theirs."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from numpy.typing import NDArray
+
+from common.config import FederationConfig
+from common.errors import StateError
+from common.models.weights import Weights
+from common.wire import METRICS, ROUND, UPDATE, number, of_user, payload_bytes, record, whole_number, whole_numbers
+from server.aggregation import (
+    Explicit,
+    Facts,
+    Rejected,
+    Reply,
+    check,
+    check_numbers,
+    checked,
+    explicit,
+    facts_of,
+    norm,
+    one_line,
+    summed_numbers,
+)
+from server.robust import is_sparse
+from server.roster import Roster
+
+ROUNDING = 1 + 1e-4
+"""How far above its bound single precision may put the norm of a sum of clipped updates."""
+
+
+class Sum:
+    """The weighted sum of the updates of a node's users, which is all that it has told of them.
+
+    Parameters
+    ----------
+    update : Explicit
+        The sum's numbers, checked.
+    importance : ndarray
+        What each of the users weighs in it, ``(C,)`` float32.
+    """
+
+    def __init__(self, update: Explicit, importance: NDArray[np.float32]):
+        self._update, self._importance = update, importance
+        self.counts = np.zeros(len(importance), dtype=np.int64)
+        """Rows that each user sends; not known, and so 0."""
+        self.whole = update.rows is None
+        """Whether the sum is of whole tables."""
+
+    @property
+    def norms(self) -> NDArray[np.float64]:
+        """For each user that of the mean, since single ones are not known, ``(C,)``."""
+        return np.full(len(self), norm(self._update) / max(float(self._importance.sum()), 1e-12))
+
+    def __len__(self) -> int:
+        """Number of users."""
+        return len(self._importance)
+
+    def rows(self, i: int) -> NDArray[np.int32]:
+        """Not known."""
+        raise StateError("a node's sum says nothing of single users; set federation.shards=users")
+
+    def one(self, i: int) -> Weights:
+        """Not known."""
+        raise StateError("a node's sum says nothing of single users; set federation.shards=users")
+
+    def summed(self, importance: NDArray[np.float32]) -> tuple[NDArray[np.int64] | None, Weights]:
+        """The sum, where the importance is that of all its users, or a multiple of it.
+
+        Raises
+        ------
+        StateError
+            Where it is another one.
+        """
+        scale = np.float32(importance.sum() / max(self._importance.sum(), 1e-12))
+        if not np.allclose(importance, scale * self._importance, rtol=1e-5):
+            raise StateError("a node's sum has other weights than the server wants; set federation.shards=users")
+        return summed_numbers(self._update, float(scale))
+
+
+class Terms(NamedTuple):
+    """What the replies of a round are held against."""
+
+    weights: Weights
+    roster: Roster
+    federation: FederationConfig
+    silent: bool = False
+    bound: float | None = None
+    """Clipping norm that the users were told."""
+
+
+def take_apart(message: Message, terms: Terms) -> tuple[list[Reply], Counter[str]]:
+    """Replies of the users of a node, and how many were left out for each reason.
+
+    Parameters
+    ----------
+    message : Message
+        A train reply to a message that named users.
+    terms : Terms
+        What it must agree with.
+
+    Raises
+    ------
+    Rejected
+        Where the whole of it is worth nothing, which costs all users of the node their part in this round.
+    """
+    if message.has_error():
+        raise Rejected(f"refused: {one_line(message.error.reason)}")
+    node = message.metadata.src_node_id
+    try:
+        facts, rejected = _said(message, terms.silent)
+        named = terms.federation.shards == "users"
+        names = [of_user(UPDATE, each.user) for each in facts] if named else [UPDATE] * bool(facts)
+        arrays = [record(message.content, name, ArrayRecord) for name in names]
+        updates, sizes = [explicit(each) for each in arrays], [payload_bytes(each) for each in arrays]
+    except Exception as fault:  # as in `server.aggregation.check`
+        raise Rejected(f"malformed: {type(fault).__name__}") from fault
+    if named:
+        good = []
+        for each, update, size in zip(facts, updates, sizes, strict=True):
+            try:
+                good.append(checked(each, update, size, node, terms.weights, terms.roster, terms.silent))
+            except Rejected as verdict:
+                rejected[str(verdict)] += 1
+        return good, rejected
+    if not facts:
+        return [], rejected
+    check_numbers(updates[0], terms.weights)
+    if terms.bound is not None and norm(updates[0]) > len(facts) * terms.bound * ROUNDING:
+        raise Rejected("a node's sum passes what its users may add")
+    weighed = [each.events if terms.federation.weighting == "events" else 1 for each in facts]
+    source, size = Sum(updates[0], np.array(weighed, dtype=np.float32)), sizes[0] // len(facts)
+    replies = [
+        checked(each, (source, i), size, node, terms.weights, terms.roster, terms.silent)
+        for i, each in enumerate(facts)
+    ]
+    return replies, rejected
+
+
+def admit(
+    replies: Iterable[Message], terms: Terms, asked: Collection[int] | None = None, round_: int | None = None
+) -> tuple[list[Reply], Counter[str]]:
+    """Checked replies of a round in the order of their users, and how many were left out for each reason.
+
+    Parameters
+    ----------
+    replies : iterable of Message
+        Of single users, and of nodes that host several.
+    terms : Terms
+        What they must agree with.
+    asked : collection of int, optional
+        The users of this round; others are not heard.
+    round_ : int, optional
+        Its number, which each reply must carry.
+    """
+    good: dict[int, Reply] = {}
+    rejected: Counter[str] = Counter()
+    for message in replies:
+        try:
+            if round_ is not None and not message.has_error() and message.metadata.group_id != str(round_):
+                raise Rejected("of another round")
+            if terms.roster.shared(message.metadata.src_node_id):
+                found, left_out = take_apart(message, terms)
+            else:
+                found, left_out = [check(message, terms.weights, terms.roster, terms.silent)], Counter()
+            if terms.federation.aggregation.kind != "mean" and any(map(is_sparse, found)):
+                raise Rejected("only some rows of the item table")
+            if any(reply.user in good for reply in found):
+                raise Rejected("second reply of one user")
+            if asked is not None and any(reply.user not in asked for reply in found):
+                raise Rejected("was not asked in this round")
+            good |= {reply.user: reply for reply in found}
+            rejected += left_out
+        except Rejected as verdict:
+            rejected[str(verdict)] += 1
+    return [good[user] for user in sorted(good)], rejected
+
+
+def ranks_of(message: Message) -> list[tuple[int, float, float]]:
+    """User, rank and sampled rank, NaN where there is none, of all that a node's reply ranks.
+
+    Raises
+    ------
+    KeyError, TypeError
+        Where the reply holds something else.
+    """
+    metrics = record(message.content, METRICS, MetricRecord)
+    if "rank" not in metrics:  # nobody here has an item held out
+        return []
+    users = whole_numbers(metrics, "user")
+    none = [float("nan")] * len(users)
+    columns = [list(metrics[name]) if name in metrics else none for name in ("rank", "rank_sampled")]  # type: ignore[arg-type]
+    if any(len(column) != len(users) or any(type(rank) is not float for rank in column) for column in columns):
+        raise TypeError("ranks are not one number a user")
+    return list(zip(users, *columns, strict=True))
+
+
+def refusals(message: Message) -> Counter[str]:
+    """Why users of a node were left out by it, and how many.
+
+    Raises
+    ------
+    KeyError, TypeError
+        Where the reply holds something else.
+    """
+    told = record(message.content, ROUND, ConfigRecord)
+    refused, reasons = whole_number(told, "refused"), told["reasons"]
+    if not isinstance(reasons, list) or not 0 <= refused < 2**31:
+        raise TypeError("reasons are no list")
+    first = [f"refused: {one_line(str(reason))}" for reason in reasons[:1]]
+    return Counter(dict.fromkeys(first, refused))
+
+
+def _said(message: Message, silent: bool) -> tuple[list[Facts], Counter[str]]:
+    metrics = record(message.content, METRICS, MetricRecord)
+    if not metrics:
+        return [], refusals(message)
+    users = whole_numbers(metrics, "user")
+    columns = {name: list(values) for name, values in metrics.items()}  # type: ignore[arg-type]
+    if any(len(column) != len(users) for column in columns.values()):
+        raise TypeError("lists of different lengths")
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for row in rows:
+        for name in row:
+            number(row, name)
+    return [facts_of(row, silent) for row in rows], refusals(message)
