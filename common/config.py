@@ -160,8 +160,8 @@ class FedAdagrad(Section):
 OptimizerConfig = Annotated[FedAvg | FedAvgM | FedAdam | FedAdagrad, Field(discriminator="kind")]
 
 
-class RoundConfig(Section):
-    """When a round ends whose clients live elsewhere. In one process nobody is late."""
+class RepliesConfig(Section):
+    """Which replies a round waits for, whose clients live elsewhere. In one process nobody is late."""
 
     deadline: Rate = 600.0
     """Seconds until replies that are not there are left out."""
@@ -195,8 +195,8 @@ class FederationConfig(Section):
     arXiv 1911.07963). For `mean`, where some clients may be hostile."""
     shards: Literal["sum", "users"] = "sum"
     """What a node that hosts several users replies: the weighted sum of their updates, or each of them."""
-    round: RoundConfig = RoundConfig()
-    """When a round ends."""
+    replies: RepliesConfig = RepliesConfig()
+    """Which replies a round waits for."""
     optimizer: OptimizerConfig = FedAdam(kind="fedadam")
     """The server's step."""
 
@@ -321,8 +321,8 @@ class Experiment(Section):
             )
         if not isinstance(privacy, UserLevel):
             return self
-        if federation.round.oversample:
-            raise ValueError(said + "takes no federation.round.oversample: its rate of sampling is in the account")
+        if federation.replies.oversample:
+            raise ValueError(said + "takes no federation.replies.oversample: its rate of sampling is in the account")
         if federation.sampling != "poisson":
             raise ValueError(said + "needs federation.sampling=poisson: a cohort of fixed size has no such account")
         if privacy.cap is not None and privacy.cap < federation.cohort:

@@ -101,7 +101,7 @@ def serve(
     StateError
         Where the checkpoint is unusable or nothing can be written.
     """
-    terms = experiment.federation.round
+    terms = experiment.federation.replies
     roster = Roster.discover(grid, experiment_hash(experiment), terms.wait, terms.quorum, terms.deadline)
     state = _start(experiment, roster, folder, resume)
     curator = curator_of(experiment, roster.population, roster.items, folder)
@@ -192,15 +192,15 @@ def gather(grid: Grid, strategy: FederatedRanking) -> None:
     Raises
     ------
     TooFewNodes
-        Where they still do after `federation.round.wait`.
+        Where they still do after `federation.replies.wait`.
     """
-    terms, roster = strategy.experiment.federation.round, strategy.roster
+    terms, roster = strategy.experiment.federation.replies, strategy.roster
     end = time.monotonic() + terms.wait
     roster.refresh(grid, strategy.fingerprint, terms.deadline)
     while roster.share < terms.quorum:
         if time.monotonic() >= end:
             raise TooFewNodes(
-                f"nodes of {roster.share:.0%} of the users are there, fewer than federation.round.quorum "
+                f"nodes of {roster.share:.0%} of the users are there, fewer than federation.replies.quorum "
                 f"({terms.quorum:.0%}), after {terms.wait:.0f} s"
             )
         time.sleep(min(LOOK, terms.wait))
@@ -215,9 +215,9 @@ def counted_round(
     Raises
     ------
     TooFewNodes
-        Where nodes are missing for longer than `federation.round.wait`.
+        Where nodes are missing for longer than `federation.replies.wait`.
     """
-    wait = strategy.experiment.federation.round.wait
+    wait = strategy.experiment.federation.replies.wait
     end = None
     while True:
         gather(grid, strategy)
@@ -234,7 +234,7 @@ def counted_round(
 def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str, Any]:
     """One whole round of training; its line for `metrics.jsonl`, ``void`` where too few nodes answered."""
     began, _ = time.perf_counter(), timing.drain()
-    terms = strategy.experiment.federation.round
+    terms = strategy.experiment.federation.replies
     with phase("asking"):
         messages = list(strategy.configure_train(round_, strategy.arrays(), ConfigRecord(), grid))
     with phase("answering"):
@@ -272,5 +272,5 @@ def _told(strategy: FederatedRanking, timed: dict[str, Any]) -> dict[str, Any]:
 def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[Ranks, Ranks]:
     messages = iter(strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), grid))
     slices = iter(lambda: list(islice(messages, RANKING_SLICE)), [])
-    deadline = strategy.experiment.federation.round.deadline
+    deadline = strategy.experiment.federation.replies.deadline
     return strategy.ranks(reply for part in slices for reply in exchange(grid, part, deadline))

@@ -28,7 +28,7 @@ def cohort(config: FederationConfig, population: int, seed: int, round_: int) ->
         ``(C,)`` int64; empty at times under `poisson`; under `passes` as many rounds of equal size as a pass needs,
         so a little less than `cohort` where that does not divide the population.
     """
-    size = min(ceil(config.cohort * (1 + config.round.oversample)), population)
+    size = min(ceil(config.cohort * (1 + config.replies.oversample)), population)
     if config.sampling == "passes":
         return _in_turn(population, seed, size, round_)
     rng = generator(seed, "cohort", round_)
