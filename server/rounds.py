@@ -242,7 +242,7 @@ def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str
     gone = len(messages) - len(replies) + lost(replies)
     void = gone > (1 - terms.quorum) * len(messages) + 1e-9 and not strategy.curator.noised
     metrics = {"void": 1} if void else strategy.aggregate_train(round_, replies)[1]
-    facts = {"round": round_, "kind": "train", **(metrics or {})} | (
+    facts = {"round": round_, "kind": "void" if void else "train", **(metrics or {})} | (
         {"lost": gone} if gone and strategy.curator.tells_all else {}
     )
     return facts | _told(strategy, {"seconds": time.perf_counter() - began, "phases": timing.drain()})

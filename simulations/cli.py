@@ -14,12 +14,14 @@ from click.exceptions import ClickException, NoArgsIsHelpError
 from click.exceptions import UsageError as BadCommandLine
 
 from common.config import Experiment
-from common.errors import HushrecError, Interrupted, UsageError
+from common.errors import HushrecError, Interrupted, TooFewNodes, UsageError
 from simulations.cli_data import app as data_app
+from simulations.cli_deploy import app as deploy_app
 from simulations.terminal import AsJson, Config, Overrides, Screen, hush, print_json, read_experiment
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
+app.add_typer(deploy_app, name="deploy")
 
 RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
 
@@ -38,7 +40,8 @@ def _hushrec(
 ) -> None:
     """Federated, privacy-preserving recommendation: every user is one Flower client.
 
-    Exit codes: 0 done, 1 failed, 2 bad use, configuration or data, 3 privacy budget spent, 130 stopped and resumable.
+    Exit codes: 0 done, 1 failed, 2 bad use, configuration or data, 3 privacy budget spent, 4 too few nodes (resumable),
+    130 stopped and resumable.
     """
 
 
@@ -51,6 +54,13 @@ def run(
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also say where a round's time went.")] = False,
+    superlink: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Run on the nodes of this SuperLink (see [cyan]hushrec deploy[/])."),
+    ] = None,
+    authority: Annotated[
+        Path | None, typer.Option("--ca", help="Certificate of the authority that vouches for the SuperLink.")
+    ] = None,
 ) -> None:
     """Train, validate and test an experiment, or resume one.
 
@@ -65,8 +75,9 @@ def run(
     from simulations import rundir
 
     experiment = read_experiment(config, overrides) if config else rundir.reopen(resume or Path(), overrides or [])
-    folder = resume or rundir.create(experiment, out)
-    result = rundir.result(folder) or _train(experiment, folder, resume is not None, quiet, as_json)
+    folder = resume or rundir.create(experiment, out, data_here=superlink is None)
+    place = None if superlink is None else (superlink, authority)
+    result = rundir.result(folder) or _train(experiment, folder, resume is not None, quiet, as_json, place)
     if as_json:
         print_json(result)
     else:
@@ -246,7 +257,7 @@ def _exit_code() -> int:
     code: object = 0
     try:
         code = app(standalone_mode=False)
-    except Interrupted as stop:
+    except (Interrupted, TooFewNodes) as stop:
         code = stop.exit_code
         typer.echo(str(stop), err=True)
     except HushrecError as fault:
@@ -274,16 +285,32 @@ def _explain(text: str, exit_code: int) -> int:
     return exit_code
 
 
-def _train(experiment: Experiment, folder: Path, resume: bool, quiet: bool, as_json: bool) -> dict[str, Any]:
+def _train(
+    experiment: Experiment,
+    folder: Path,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    place: tuple[str, Path | None] | None,
+) -> dict[str, Any]:
+    screen = Screen(stderr=True, quiet=quiet)
     try:
+        if place:
+            from simulations.deployment.remote import run as run_remotely
+
+            return run_remotely(experiment, folder, screen, *place, resume)
         from simulations.runner import run as run_experiment
 
-        return run_experiment(experiment, folder, Screen(stderr=True, quiet=quiet), resume)
-    except (Interrupted, KeyboardInterrupt) as stop:
+        return run_experiment(experiment, folder, screen, resume)
+    except (Interrupted, KeyboardInterrupt, TooFewNodes) as stop:
         if as_json:
             print_json({"run_dir": str(folder), "status": "stopped"})
         why = str(stop) or "stopped at once"
-        raise Interrupted(f"{why}; go on with: hushrec run --resume {shlex.quote(str(folder))}") from stop
+        kind = TooFewNodes if isinstance(stop, TooFewNodes) else Interrupted
+        elsewhere = (
+            f" --superlink {place[0]}" + (f" --ca {shlex.quote(str(place[1]))}" if place[1] else "") if place else ""
+        )
+        raise kind(f"{why}; go on with: hushrec run --resume {shlex.quote(str(folder))}{elsewhere}") from stop
 
 
 def _items(history: str) -> list[str]:

@@ -61,7 +61,7 @@ def _on_bar(progress: Progress, task: TaskID) -> Observer:
         warn(record)
         if record["kind"] == "train":
             progress.update(task, completed=record["round"], loss=_number(record.get("loss")), speed=_speed(record))
-        else:
+        elif record["kind"] == "validation":
             progress.update(task, ndcg=_number(record["ndcg@10"], 4))
 
     return observe
@@ -77,7 +77,7 @@ def _in_lines(console: Console, rounds: int) -> Observer:
         if record["kind"] == "validation":
             hr, ndcg = _number(record["hr@10"], 4), _number(record["ndcg@10"], 4)
             quality = f"  validation HR@10 {hr}  NDCG@10 {ndcg}"
-        else:
+        elif record["kind"] == "train":
             training = f"loss {_number(record.get('loss'))}  {_speed(record)} users/s"
         if quality or monotonic() - said > LINE_SECONDS:
             console.print(f"round {record['round']}/{rounds}  {training}{quality}", highlight=False, soft_wrap=True)
@@ -96,6 +96,13 @@ def _warner(console: Console) -> Observer:
                 text = f"round {record['round']}: left out {count} update(s): {reason}; later ones are not shown"
                 console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
         known.update(record.get("reasons", {}))
+        if record["kind"] == "void":
+            console.print(
+                f"round {record['round']}: {record.get('lost', 'too many')} nodes did not answer; it is repeated",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     return warn
 

@@ -34,7 +34,7 @@ CONFIG, MANIFEST, RESULT = "config.yaml", "manifest.json", "result.json"
 _PACKAGES = ("hushrec", "flwr", "torch", "numpy", "opacus", "pydantic", "polars", "safetensors", "dp-accounting")
 
 
-def create(experiment: Experiment, out: Path | None) -> Path:
+def create(experiment: Experiment, out: Path | None, data_here: bool = True) -> Path:
     """Make a new run directory with the experiment in it.
 
     Parameters
@@ -43,6 +43,8 @@ def create(experiment: Experiment, out: Path | None) -> Path:
         What will run.
     out : Path, optional
         Where; by default ``runs/NAME-TIME``.
+    data_here : bool
+        Whether the data is on this machine, and not on nodes elsewhere.
 
     Raises
     ------
@@ -57,7 +59,8 @@ def create(experiment: Experiment, out: Path | None) -> Path:
     with explained(folder, UsageError):
         if os.path.lexists(folder) and any(folder.iterdir()):
             raise UsageError(f"{folder}: holds files already; go on with --resume {folder}, or name another --out")
-    prepare(experiment.data)  # before the folder is made, so that unusable data leaves none behind
+    if data_here:
+        prepare(experiment.data)  # before the folder is made, so that unusable data leaves none behind
     with explained(folder, UsageError):
         folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / CONFIG, dump(experiment).encode())

@@ -1,0 +1,1 @@
+"""A deployment over real machines: its folder, its keys and certificates, its processes."""

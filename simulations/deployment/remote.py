@@ -1,0 +1,266 @@
+"""Submit a run to a SuperLink, watch it, and bring its results home; Flower's own commands do the talking."""
+
+import base64
+import importlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from common.config import Experiment
+from common.errors import BudgetSpent, HushrecError, Interrupted, StateError, TooFewNodes, UsageError
+from common.files import explained, read_json, write_bytes, write_json
+from server.app import TOLD
+from server.journal import METRICS_FILE
+from server.rounds import CARD_FILE, MODEL_FILE
+from simulations import rundir
+from simulations.deployment.scripts import client_config
+from simulations.progress import Observer, watching
+
+DEPLOYED = "deployment.json"
+"""File of a run directory that says where its run lives."""
+MOST_BYTES = 2**31
+"""Largest file that is taken from a log."""
+_FAULTS: dict[int, type[HushrecError]] = {fault.exit_code: fault for fault in (UsageError, BudgetSpent, TooFewNodes)}
+_OFFLINE = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "NO_COLOR": "1",
+}
+
+
+def run(
+    experiment: Experiment, folder: Path, console: Console, superlink: str, authority: Path | None, resume: bool = False
+) -> dict[str, Any]:
+    """Run an experiment on the nodes of a SuperLink, into a run directory here.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        What to run; it travels with the run.
+    folder : Path
+        Its run directory here. The server keeps its own, with checkpoint and ledger.
+    console : Console
+        Where progress goes.
+    superlink : str
+        HOST:PORT.
+    authority : Path, optional
+        Certificate of the authority that vouches for the server; none only for a server on this machine.
+    resume : bool
+        Go on from the server's checkpoint.
+
+    Returns
+    -------
+    dict
+        The result as in `result.json`.
+
+    Raises
+    ------
+    UsageError
+        Where the address would be called without encryption.
+    StateError, BudgetSpent, TooFewNodes, Interrupted
+        As the run ends on the server.
+    """
+    check_address(superlink, authority)
+    with rundir.locked(folder):
+        place = folder / DEPLOYED
+        name = read_json(place)["run"] if resume and place.exists() else f"{experiment.name}-{secrets.token_hex(4)}"
+        began = time.perf_counter()
+        with _home(superlink, authority) as home:
+            number = _submit(home, experiment, name, resume and place.exists())
+            write_json(place, {"superlink": superlink, "run": name, "flower_run_id": number})
+            with watching(console, experiment.federation.rounds) as observe:
+                end = _follow(home, number, folder, observe, resume)
+            if end is None:
+                status = _status(home, number)
+                raise StateError(f"the run ended without a result (Flower says {status}); see the server's log")
+        if end["kind"] == "fault":
+            raise _FAULTS.get(end["exit_code"], StateError)(f"the server: {end['error']}")
+        write_json(folder / rundir.RESULT, _result(folder, end, time.perf_counter() - began))
+    return rundir.result(folder) or {}
+
+
+def check_address(superlink: str, authority: Path | None) -> None:
+    """Refuse to talk to another machine without encryption.
+
+    Raises
+    ------
+    UsageError
+        Where it would be, or the certificate is not there.
+    """
+    host, _, port = superlink.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"--superlink {superlink}: must be HOST:PORT")
+    if authority is None and host.strip("[]") not in {"127.0.0.1", "::1", "localhost"}:
+        raise UsageError(f"--superlink {superlink}: name --ca, the certificate of the authority that vouches for it")
+    if authority is not None and not authority.is_file():
+        raise UsageError(f"--ca {authority}: no such file")
+
+
+@contextmanager
+def _home(superlink: str, authority: Path | None) -> Iterator[Path]:
+    """A folder with Flower's settings and the app to submit, for as long as it is needed."""
+    with tempfile.TemporaryDirectory(prefix="hushrec-") as made:
+        home = Path(made)
+        if authority is None:
+            config = (
+                f'[superlink]\ndefault = "hushrec"\n\n[superlink.hushrec]\naddress = "{superlink}"\ninsecure = true\n'
+            )
+        else:
+            config = client_config(superlink, authority.absolute())
+        write_bytes(home / "config.toml", config.encode())
+        _write_app(home / "app")
+        yield home
+
+
+def _write_app(target: Path) -> None:
+    """The packages that server and nodes run, as they are installed here, with what Flower wants to know of them."""
+    target.mkdir()
+    for name in ("server", "client", "common"):
+        source = Path(str(importlib.import_module(name).__file__)).parent
+        shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    keys = '\nexperiment = ""\noverrides = ""\nrun = ""\nresume = false\nfetch = true\n'
+    text = (
+        '[project]\nname = "hushrec"\nversion = "1.0.0"\nlicense = "Apache-2.0"\ndependencies = []\n'
+        '[tool.flwr.app]\npublisher = "hushrec"\n'
+        'fab-include = ["server/**/*.py", "client/**/*.py", "common/**/*.py"]\n'
+        '[tool.flwr.app.components]\nserverapp = "server.app:app"\nclientapp = "client.app:app"\n'
+        f"[tool.flwr.app.config]{keys}"
+    )
+    tomllib.loads(text)
+    (target / "pyproject.toml").write_text(text)
+
+
+def _submit(home: Path, experiment: Experiment, name: str, resume: bool) -> int:
+    told = {"experiment": experiment.model_dump_json(), "run": name}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in told.items()] + [f"resume = {str(resume).lower()}"]
+    settings = home / "run.toml"
+    settings.write_text("\n".join(lines) + "\n")
+    answer = _flwr(home, "run", str(home / "app"), "hushrec", "--run-config", str(settings), "--format", "json")
+    if not answer.get("success") or "run-id" not in answer:
+        raise StateError(f"the SuperLink did not take the run: {answer.get('error-message', answer)}")
+    return int(answer["run-id"])
+
+
+def _follow(home: Path, number: int, folder: Path, observe: Observer, resume: bool) -> dict[str, Any] | None:
+    """Pass on what the run tells, and take its files in; its last word, none where it ended without one."""
+    end, held = None, dict[str, bytearray]()
+    with (
+        explained(folder),
+        (folder / METRICS_FILE).open("a" if resume else "w") as metrics,
+        _log(home, number) as lines,
+    ):
+        for line in lines:
+            if line["kind"] in {"fault", "test"}:
+                end = line
+            elif line["kind"] == "file":
+                _take(held, line)
+            else:
+                metrics.write(json.dumps(line) + "\n")
+                metrics.flush()
+                observe(line)
+    for name, content in held.items():
+        write_bytes(folder / name, bytes(content))
+    return end
+
+
+def _take(held: dict[str, bytearray], line: dict[str, Any]) -> None:
+    """One part of a file, of a kind that is expected, in its place."""
+    name, start, size = line["name"], line["start"], line["size"]
+    if name not in {MODEL_FILE, CARD_FILE} or not 0 < size <= MOST_BYTES:
+        raise StateError(f"the server sent a file that nobody wants: {name!r}")
+    content = held.setdefault(name, bytearray())
+    if start != len(content):
+        raise StateError(f"the server's {name} came with a hole at byte {len(content)}; fetch it again with --resume")
+    content += base64.b64decode(line["data"], validate=True)
+
+
+@contextmanager
+def _log(home: Path, number: int) -> Iterator[Iterator[dict[str, Any]]]:
+    """What the run tells, line by line, until it ends; it is stopped where this process is."""
+    command = [_executable(), "log", str(number), "hushrec", "--stream"]
+    with subprocess.Popen(
+        command, env=_environment(home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, start_new_session=True,
+    ) as stream:  # fmt: skip
+        try:
+            yield _told(stream)
+        except KeyboardInterrupt as stop:
+            _flwr(home, "stop", str(number), "hushrec", "--format", "json")
+            raise Interrupted("stopped; the server has its last checkpoint") from stop
+        finally:
+            stream.kill()
+
+
+def _told(stream: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
+    for text in stream.stdout or ():
+        _, found, line = text.partition(TOLD)
+        if found:
+            try:
+                facts = json.loads(line)
+            except ValueError as fault:
+                raise StateError("the server's log holds a broken line") from fault
+            if isinstance(facts, dict) and isinstance(facts.get("kind"), str):
+                yield facts
+
+
+def _status(home: Path, number: int) -> str:
+    answer = _flwr(home, "ls", "hushrec", "--run-id", str(number), "--format", "json")
+    runs = answer.get("runs") or [{"status": answer.get("error-message", "nothing")}]
+    return str(runs[0]["status"])
+
+
+def _flwr(home: Path, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [_executable(), *arguments],
+        env=_environment(home),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        answer = {"error-message": " ".join((done.stderr or done.stdout).split())[-300:]}
+    return answer
+
+
+def _environment(home: Path) -> dict[str, str]:
+    return {**os.environ, **_OFFLINE, "FLWR_HOME": str(home)}
+
+
+def _executable() -> str:
+    return str(Path(sys.executable).absolute().with_name("flwr"))
+
+
+def _result(folder: Path, end: dict[str, Any], seconds: float) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    spent = sum(line.get("seconds", 0.0) for line in trained)
+    up = [line["bytes_up_per_client"] for line in trained if "bytes_up_per_client" in line]
+    return {
+        "run_dir": str(folder),
+        "status": "done",
+        **{name: end[name] for name in ("rounds", "best_round", "users", "items", "users_tested", "privacy")},
+        "test": {name: {"value": value, "low": None, "high": None} for name, value in end["figures"].items()},
+        "baselines": {},
+        "seconds": seconds,
+        "clients_per_second": sum(line["clients"] for line in trained) / spent if spent else 0.0,
+        "peak_rss_mb": 0.0,
+        "bytes_up_per_client": sum(up) / len(up) if up else 0.0,
+        "bytes_down_per_client": end["bytes_down"],
+        "phases": {},
+    }
