@@ -94,6 +94,7 @@ def ended(outcome: Outcome) -> dict[str, Any]:
         "best_round": outcome.best_round,
         "users": len(outcome.test[0]),
         "items": len(outcome.weights.table),
+        "catalogue": outcome.catalogue,
         "users_tested": outcome.tested,
         "bytes_down": outcome.bytes_down,
         "figures": outcome.figures,

@@ -45,6 +45,8 @@ class Roster:
     """
     items: int
     """Size of the catalogue."""
+    catalogue: str = ""
+    """Its version."""
     answers: dict[int, Answer] = field(default_factory=dict)
     """By node; none where one answer was enough."""
     refused: dict[int, str] = field(default_factory=dict)
@@ -115,7 +117,7 @@ class Roster:
             answers, refused = ask(grid, nodes[:1], fingerprint, timeout)
             if not answers:
                 raise StateError(f"1 of 1 nodes could not say who lives there: {', '.join(refused.values())}")
-            return cls(nodes, answers[0].items)
+            return cls(nodes, answers[0].items, answers[0].catalogue)
         roster = cls([], 0, online=frozenset())
         roster.meet(grid, nodes, fingerprint, timeout)
         while roster.share < 1 and time.monotonic() - began < wait:
@@ -149,7 +151,7 @@ class Roster:
             worlds: Counter[tuple[str, int, int]] = Counter()
             for answer in answers:
                 worlds[answer.world] += len(answer.users)
-            (_, self.items, population), _ = worlds.most_common(1)[0]
+            (self.catalogue, self.items, population), _ = worlds.most_common(1)[0]
             self.nodes, world = [ABSENT] * population, worlds.most_common(1)[0][0]
         else:
             world = next(iter(self.answers.values())).world

@@ -61,6 +61,8 @@ class Outcome:
     """What was promised and what it has cost."""
     bytes_down: int
     """Bytes that each client received in a round."""
+    catalogue: str = ""
+    """Version of the catalogue that the model is of."""
 
 
 def never() -> bool:
@@ -164,7 +166,7 @@ def _concluded(grid: Grid, strategy: FederatedRanking, state: State, folder: Pat
     figures = judge.quality(test, best_round)
     _tell_card(folder, curator.card(numbers))
     card, down = curator.card(numbers), strategy.bytes_down()
-    return Outcome(chosen, state.round, best_round, test, judge.asked, figures, card, down)
+    return Outcome(chosen, state.round, best_round, test, judge.asked, figures, card, down, roster.catalogue)
 
 
 def _tell_card(folder: Path | None, facts: dict[str, Any]) -> None:

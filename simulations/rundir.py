@@ -8,6 +8,7 @@
 | `checkpoint.safetensors` | what `--resume` goes on from |
 | `model.safetensors` | the model that validation chose |
 | `result.json` | what `--json` prints |
+| `deployment.json` | of a run on nodes elsewhere: where it lives; it has no manifest, and its checkpoint is on the server |
 """
 
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Experiment, experiment_hash
+from common.data.catalogue import Catalogue
 from common.data.folder import MANIFEST as DATA_MANIFEST
 from common.data.prepare import prepare
 from common.errors import StateError, UsageError
@@ -30,7 +32,7 @@ from common.files import explained, read_json, write_bytes, write_json
 from common.loading import dump, load
 from common.sources import SyntheticData
 
-CONFIG, MANIFEST, RESULT = "config.yaml", "manifest.json", "result.json"
+CONFIG, MANIFEST, RESULT, DEPLOYED = "config.yaml", "manifest.json", "result.json", "deployment.json"
 _PACKAGES = ("hushrec", "flwr", "torch", "numpy", "opacus", "pydantic", "polars", "safetensors", "dp-accounting")
 
 
@@ -150,6 +152,11 @@ def check_manifest(folder: Path, experiment: Experiment, data: Path) -> None:
     StateError
         Where the manifest is missing or damaged, or where the experiment or the data have changed since.
     """
+    if (folder / DEPLOYED).exists():
+        trained_on, here = read_json(folder / DEPLOYED).get("catalogue"), Catalogue.open(data).version
+        if trained_on != here:
+            raise StateError(f"{folder}: its nodes have catalogue {trained_on}, the data here {here}; get theirs")
+        return
     facts = read_json(folder / MANIFEST)
     try:
         trained, trained_on = facts["experiment"], facts["data"]["digest"]

@@ -28,8 +28,6 @@ from simulations import rundir
 from simulations.deployment.scripts import client_config
 from simulations.progress import Observer, watching
 
-DEPLOYED = "deployment.json"
-"""File of a run directory that says where its run lives."""
 MOST_BYTES = 2**31
 """Largest file that is taken from a log."""
 _FAULTS: dict[int, type[HushrecError]] = {fault.exit_code: fault for fault in (UsageError, BudgetSpent, TooFewNodes)}
@@ -75,7 +73,7 @@ def run(
     """
     check_address(superlink, authority)
     with rundir.locked(folder):
-        place = folder / DEPLOYED
+        place = folder / rundir.DEPLOYED
         name = read_json(place)["run"] if resume and place.exists() else f"{experiment.name}-{secrets.token_hex(4)}"
         began = time.perf_counter()
         with _home(superlink, authority) as home:
@@ -88,6 +86,7 @@ def run(
                 raise StateError(f"the run ended without a result (Flower says {status}); see the server's log")
         if end["kind"] == "fault":
             raise _FAULTS.get(end["exit_code"], StateError)(f"the server: {end['error']}")
+        write_json(place, {**read_json(place), "catalogue": end["catalogue"]})
         write_json(folder / rundir.RESULT, _result(folder, end, time.perf_counter() - began))
     return rundir.result(folder) or {}
 

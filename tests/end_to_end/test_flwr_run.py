@@ -135,4 +135,4 @@ def test_so_are_the_metrics(run, in_process):
 
 def test_people_see_the_rounds_and_the_test(run):
     for kind in ("train", "validation", "test"):
-        assert f"'kind': '{kind}'" in run.said
+        assert f'"kind": "{kind}"' in run.said

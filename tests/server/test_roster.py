@@ -92,7 +92,7 @@ def test_nodes_in_order_need_one_answer():
     grid = Numbered({2: says(0), 3: refuses, 4: refuses})
     found = discover(grid)
     assert len(grid.asked) == 1
-    assert (found.population, found.items, found.share) == (3, 9, 1.0)
+    assert (found.population, found.items, found.catalogue, found.share) == (3, 9, "c", 1.0)
     assert list(found.nodes) == [2, 3, 4]
     assert isinstance(found.nodes, range)  # a large population costs nothing
 
@@ -236,7 +236,7 @@ def test_messages_share_their_content():
 def test_a_shared_node_gets_one_message_that_names_its_users():
     content = RecordDict({ROUND: ConfigRecord({"round": 4})})
     hosts = {7: Answer(7, range(2), 3, 9, "c"), 6: Answer(6, range(2, 3), 3, 9, "c")}
-    sent = list(messages(Roster([7, 7, 6], 9, hosts), np.array([0, 1, 2]), content, "train", 4))
+    sent = list(messages(Roster([7, 7, 6], 9, "c", hosts), np.array([0, 1, 2]), content, "train", 4))
     assert [message.metadata.dst_node_id for message in sent] == [7, 6]
     told = [dict(message.content.config_records[ROUND]) for message in sent]
     assert told == [{"round": 4, "users": [0, 1]}, {"round": 4}]
