@@ -153,7 +153,7 @@ class _Reader:
     def _value(self, node: yaml.Node, key: Key) -> Any:
         self._left -= 1
         if self._left < 0 or not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
-            problem = f"more than {_MAX_VALUES} values" if self._left < 0 else f"tag {node.tag} is not allowed"
+            problem = f"more than {_MAX_VALUES} values" if self._left < 0 else f"tag {node.tag[:60]} is not allowed"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         self.places[key] = self._at(node.start_mark.line)
         if isinstance(node, yaml.SequenceNode):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from common.config import FederationConfig
 from common.models.weights import Weights
 from common.wire import LARGEST, METRICS, UPDATE, Pending, number, payload_bytes, pending_of, record, whole_number
+from server.exchange import one_line
 from server.roster import Roster
 
 
@@ -21,6 +22,11 @@ class Explicit(NamedTuple):
     table: NDArray[np.float32]
     body: NDArray[np.float32]
     rows: NDArray[np.int32] | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its numbers."""
+        return sum(part.nbytes for part in self if part is not None)
 
 
 class Reply(NamedTuple):
@@ -72,7 +78,7 @@ def check(message: Message, weights: Weights, roster: Roster, silent: bool = Fal
         said = facts_of(record(message.content, METRICS, MetricRecord), silent)
         # What this process computes itself has been checked by its maker, and is not computed one by one.
         update = pending_of(arrays) or explicit(arrays)
-        size = payload_bytes(arrays)
+        size = update.size if isinstance(update, Explicit) else payload_bytes(arrays)
     except Exception as fault:  # numpy reads headers as Python, so a stranger's bytes can raise nearly anything
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
     return checked(said, update, size, message.metadata.src_node_id, weights, roster, silent)
@@ -123,12 +129,6 @@ def checked(
     if isinstance(update, Explicit):
         check_numbers(update, weights)
     return Reply(said.user, said.events, said.loss, update, size, said.below, said.participations)
-
-
-def one_line(reason: str | None) -> str:
-    """A stranger's reason, fit for a line of `metrics.jsonl`; of a long one, such as a traceback, both ends."""
-    text = " ".join((reason or "no reason given").split())
-    return text if len(text) <= 200 else f"{text[:60]} … {text[-137:]}"
 
 
 def explicit(records: ArrayRecord) -> Explicit:

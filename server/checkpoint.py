@@ -4,7 +4,9 @@ One safetensors file holds all tensors; its header holds the rest as JSON. Whate
 the seed and the round, so no generator's state is stored.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from common.config import Experiment, experiment_hash
 from common.errors import StateError
 from common.files import atomic, explained
 from common.models.shapes import ITEM_TABLE, parameter_shapes
-from common.models.weights import Weights, named
+from common.models.weights import Weights, body_size, named
 
-FORMAT = 1
+FORMAT = 2
+"""2 has a checksum over everything; files of 1 are not read."""
 
 
 @dataclass
@@ -90,6 +93,7 @@ def load(path: Path, experiment: Experiment) -> State:
         raise StateError(f"{path}: holds numbers that are not finite; delete it and start a new run")
     try:
         best = part("best")
+        _check(experiment, part("weights"), best, facts)
         return State(
             Weights(**part("weights")),
             part("optimizer"),
@@ -100,8 +104,24 @@ def load(path: Path, experiment: Experiment) -> State:
             facts["stale"],
             facts["clip"],
         )
-    except (KeyError, TypeError) as fault:
+    except (KeyError, TypeError, ValueError) as fault:
         raise StateError(f"{path}: incomplete checkpoint ({fault}); delete it and start a new run") from fault
+
+
+def _check(
+    experiment: Experiment, weights: dict[str, Tensor], best: dict[str, Tensor], facts: Mapping[str, object]
+) -> None:
+    """Hold what was read against the model; KeyError or ValueError where it does not fit."""
+    items = len(weights["table"]) if weights["table"].dim() else 0
+    shapes = {"table": (items, experiment.model.dim), "body": (body_size(experiment.model),)}
+    for name, tensor in [*weights.items(), *best.items()]:
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != torch.float32 or not tensor.numel():
+            raise ValueError(f"{name} is {tuple(tensor.shape)} of {tensor.dtype}")
+    for name in ("round", "best_round", "stale"):
+        if type(facts[name]) is not int:
+            raise ValueError(f"{name} is {facts[name]!r}")
+    if not isinstance(facts["best_value"], float):
+        raise ValueError(f"best_value is {facts['best_value']!r}")
 
 
 def save_model(path: Path, weights: Weights, experiment: Experiment) -> None:
@@ -135,7 +155,7 @@ def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, object]) -> 
     owned = {name: part.detach().clone(memory_format=torch.contiguous_format) for name, part in tensors.items()}
     try:
         with atomic(path) as temporary:
-            save_file(owned, temporary, metadata={"hushrec": json.dumps(facts)})
+            save_file(owned, temporary, metadata={"hushrec": sealed(owned, facts)})
     except SafetensorError as fault:
         raise StateError(f"{path}: cannot be written ({fault}); free some space or choose another folder") from fault
 
@@ -146,8 +166,25 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = {**json.loads((file.metadata() or {})["hushrec"])}
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, TypeError) as fault:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if facts.pop("sha256") != _digest(tensors, facts):
+            raise ValueError("its checksum is another")
+        return tensors, facts
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as fault:
         raise StateError(
             f"{path}: not a file of hushrec, or a truncated one ({fault}); restore it, or remove it and start again"
         ) from fault
+
+
+def sealed(tensors: dict[str, Tensor], facts: Mapping[str, object]) -> str:
+    """What is said beside the numbers, with a checksum over both; one entry, as safetensors orders none."""
+    return json.dumps({**facts, "sha256": _digest(tensors, facts)})
+
+
+def _digest(tensors: dict[str, Tensor], facts: Mapping[str, object]) -> str:
+    whole = hashlib.sha256(json.dumps(facts).encode())
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.numel():
+            whole.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()

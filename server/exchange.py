@@ -45,3 +45,12 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> list[M
 def lost(replies: Iterable[Message]) -> int:
     """Replies that Flower made for nodes that are gone."""
     return sum(reply.has_error() and reply.error.code in LOST for reply in replies)
+
+
+def one_line(reason: str | None) -> str:
+    """A stranger's reason, fit for a line of `metrics.jsonl`; of a long one, such as a traceback, both ends."""
+    text = reason or ""
+    if len(text) > 4000:
+        text = f"{text[:1000]} {text[-3000:]}"
+    text = " ".join("".join(each if each.isprintable() else " " for each in text).split()) or "no reason given"
+    return text if len(text) <= 200 else f"{text[:60]} … {text[-137:]}"

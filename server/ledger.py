@@ -68,4 +68,5 @@ class Ledger:
 
 
 def _is_release(line: Any) -> bool:
-    return line["what"] in {UPDATE, RANKING} and isinstance(line["round"], int)
+    whole = [line["round"], line.get("participations", 0)]
+    return line["what"] in {UPDATE, RANKING} and all(type(number) is int for number in whole)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from common.errors import StateError, TooFewNodes
 from common.wire import METRICS, ROUND, record, whole_number
-from server.exchange import LOST, exchange
+from server.exchange import LOST, exchange, one_line
 
 ABSENT = 0
 """Node of a user whose node never came; Flower gives no node that number."""
@@ -182,7 +182,7 @@ def ask(grid: Grid, nodes: Sequence[int], fingerprint: str, timeout: float) -> t
             gone.add(node)
             continue
         if reply.has_error():
-            said[node] = " ".join((reply.error.reason or "no reason given").split())[:200]
+            said[node] = one_line(reply.error.reason)
             continue
         try:
             said[node] = _read(node, reply.content)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.config import FederationConfig
 from common.errors import StateError
 from common.models.weights import Weights
-from common.wire import METRICS, ROUND, UPDATE, number, of_user, payload_bytes, record, whole_number, whole_numbers
+from common.wire import METRICS, ROUND, UPDATE, number, of_user, record, whole_number, whole_numbers
 from server.aggregation import (
     Explicit,
     Facts,
@@ -23,9 +23,9 @@ from server.aggregation import (
     explicit,
     facts_of,
     norm,
-    one_line,
     summed_numbers,
 )
+from server.exchange import one_line
 from server.robust import is_sparse
 from server.roster import Roster
 
@@ -112,11 +112,12 @@ def take_apart(message: Message, terms: Terms) -> tuple[list[Reply], Counter[str
         raise Rejected(f"refused: {one_line(message.error.reason)}")
     node = message.metadata.src_node_id
     try:
-        facts, rejected = _said(message, terms.silent)
+        facts, rejected = _said(message, terms)
         named = terms.federation.shards == "users"
         names = [of_user(UPDATE, each.user) for each in facts] if named else [UPDATE] * bool(facts)
         arrays = [record(message.content, name, ArrayRecord) for name in names]
-        updates, sizes = [explicit(each) for each in arrays], [payload_bytes(each) for each in arrays]
+        updates = [explicit(each) for each in arrays]
+        sizes = [update.size for update in updates]
     except Exception as fault:  # as in `server.aggregation.check`
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
     if named:
@@ -133,6 +134,8 @@ def take_apart(message: Message, terms: Terms) -> tuple[list[Reply], Counter[str
     if terms.bound is not None and norm(updates[0]) > len(facts) * terms.bound * ROUNDING:
         raise Rejected("a node's sum passes what its users may add")
     weighed = [each.events if terms.federation.weighting == "events" else 1 for each in facts]
+    if not all(0 <= weight < 2**31 for weight in weighed):
+        raise Rejected("impossible event count or loss")
     source, size = Sum(updates[0], np.array(weighed, dtype=np.float32)), sizes[0] // len(facts)
     replies = [
         checked(each, (source, i), size, node, terms.weights, terms.roster, terms.silent)
@@ -199,8 +202,8 @@ def ranks_of(message: Message) -> list[tuple[int, float, float]]:
     return list(zip(users, *columns, strict=True))
 
 
-def refusals(message: Message) -> Counter[str]:
-    """Why users of a node were left out by it, and how many.
+def refusals(message: Message, most: int) -> Counter[str]:
+    """Why users of a node were left out by it, and how many, at the most all of them.
 
     Raises
     ------
@@ -209,16 +212,17 @@ def refusals(message: Message) -> Counter[str]:
     """
     told = record(message.content, ROUND, ConfigRecord)
     refused, reasons = whole_number(told, "refused"), told["reasons"]
-    if not isinstance(reasons, list) or not 0 <= refused < 2**31:
+    if not isinstance(reasons, list) or not 0 <= refused <= most:
         raise TypeError("reasons are no list")
     first = [f"refused: {one_line(str(reason))}" for reason in reasons[:1]]
     return Counter(dict.fromkeys(first, refused))
 
 
-def _said(message: Message, silent: bool) -> tuple[list[Facts], Counter[str]]:
+def _said(message: Message, terms: Terms) -> tuple[list[Facts], Counter[str]]:
     metrics = record(message.content, METRICS, MetricRecord)
+    node = terms.roster.answers[message.metadata.src_node_id]
     if not metrics:
-        return [], refusals(message)
+        return [], refusals(message, len(node.users))
     users = whole_numbers(metrics, "user")
     columns = {name: list(values) for name, values in metrics.items()}  # type: ignore[arg-type]
     if any(len(column) != len(users) for column in columns.values()):
@@ -227,4 +231,4 @@ def _said(message: Message, silent: bool) -> tuple[list[Facts], Counter[str]]:
     for row in rows:
         for name in row:
             number(row, name)
-    return [facts_of(row, silent) for row in rows], refusals(message)
+    return [facts_of(row, terms.silent) for row in rows], refusals(message, len(node.users) - len(users))

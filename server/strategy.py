@@ -21,9 +21,9 @@ from common.metrics import point
 from common.models.weights import Weights
 from common.timing import phase
 from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, record, whole_number
-from server.aggregation import one_line
 from server.curator import Curator
 from server.curator import curator as curator_of
+from server.exchange import one_line
 from server.optimizers import ServerOptimizer
 from server.roster import Roster, messages
 from server.shard import Terms, admit, ranks_of
@@ -61,6 +61,7 @@ class FederatedRanking(Strategy):
         self.absent = 0
         """Users of the last cohort whose node was not there."""
         self._cohort: frozenset[int] | None = None
+        self._judging: tuple[str, NDArray[np.bool_]] | None = None  # the round that is ranked for, and who was asked
         self._judged: Counter[int] = Counter()  # users asked for a rank on each node that hosts several
         self.heard = self.refused = 0  # replies that passed; rounds and rankings until then in which none did
 
@@ -104,6 +105,8 @@ class FederatedRanking(Strategy):
     ) -> Iterable[Message]:
         """One message for each user that ranks, made as they are taken."""
         users = self.roster.present(self.curator.judges(str(config["split"]), server_round))
+        self._judging = str(server_round), np.zeros(self.roster.population, dtype=bool)
+        self._judging[1][users] = True
         if self.roster.answers:
             self._judged = Counter(self.roster.nodes[user] for user in users.tolist())
         return messages(self.roster, users, self._content(server_round, arrays, config), "evaluate", server_round)
@@ -128,8 +131,12 @@ class FederatedRanking(Strategy):
                 rejected[one_line(reply.error.reason)] += 1
                 continue
             with suppress(KeyError, TypeError):  # what is no number is no rank
+                if self._judging and reply.metadata.group_id != self._judging[0]:
+                    continue
                 for user, rank, few in ranks_of(reply) if self.roster.shared(node) else [_rank_of(reply)]:
-                    if self.roster.hosts(node, user) and 1 <= rank <= self.roster.items:
+                    heard = np.isfinite(full[user : user + 1]).any()  # the first rank of a user counts
+                    welcome = self._judging is None or (0 <= user < len(full) and self._judging[1][user])
+                    if welcome and not heard and self.roster.hosts(node, user) and 1 <= rank <= self.roster.items:
                         full[user] = rank
                         sampled[user] = few if 1 <= few <= self.roster.items else np.nan
         self._note(rejected, self.asked - rejected.total())

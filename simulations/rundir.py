@@ -8,7 +8,7 @@
 | `checkpoint.safetensors` | what `--resume` goes on from |
 | `model.safetensors` | the model that validation chose |
 | `result.json` | what `--json` prints |
-| `deployment.json` | of a run on nodes elsewhere: where it lives; it has no manifest, and its checkpoint is on the server |
+| `deployment.json` | of a run on nodes elsewhere: where it lives; its checkpoint stays there |
 """
 
 import os

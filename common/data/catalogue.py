@@ -52,7 +52,7 @@ class Catalogue:
 
         try:
             table = pl.read_parquet(self.folder / disk.CATALOGUE)
-        except (OSError, pl.exceptions.PolarsError) as error:
+        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise disk.damaged(self.folder, f"{disk.CATALOGUE}: {error}") from None
         if table.height != self.items or "item" not in table.columns:
             raise disk.damaged(self.folder, f"{disk.CATALOGUE} has {table.height} rows, expected {self.items}")

@@ -70,9 +70,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path, DataError)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise damaged(folder, f"{MANIFEST} is not of format {FORMAT}")
+    kept, extras = manifest.get("kept"), manifest.get("extras")
     if (
-        not {"digest", "read", "kept", "extras"} <= manifest.keys()
-        or not {"users", "items", "events"} <= manifest["kept"].keys()
+        not {"digest", "read"} <= manifest.keys()
+        or not isinstance(kept, dict)
+        or any(type(kept.get(name)) is not int or kept[name] < 0 for name in ("users", "items", "events"))
+        or not isinstance(extras, list)
+        or any(not isinstance(extra, str) or extra not in EXTRAS for extra in extras)
     ):
         raise damaged(folder, f"{MANIFEST} is incomplete")
     return manifest

@@ -57,7 +57,7 @@ def _parquet(path: Path, roles: dict[str, str]) -> pl.DataFrame:
             if name not in known:
                 raise DataError(f"{path}: {unknown('column', name, known)}")
         frame = pl.read_parquet(path, columns=list(dict.fromkeys(roles.values())))
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise DataError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from None
     columns = [pl.col(name).alias(role) for role, name in roles.items()]
     return frame.select(pl.int_range(1, pl.len() + 1, dtype=pl.UInt32).alias("line"), *columns)

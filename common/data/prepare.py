@@ -79,14 +79,17 @@ def bad_rows(folder: Path) -> str:
 def intact(folder: Path) -> bool:
     """Tell whether a prepared folder is there, whole and of today's format."""
     try:
-        items, manifest = Sequences.open(folder).items, disk.read_manifest(folder)
+        sequences, manifest = Sequences.open(folder), disk.read_manifest(folder)
+        items = sequences.items
         if len(items) and not (items.min() >= 0 and items.max() < manifest["kept"]["items"]):
+            return False
+        if not sequences.ordered():
             return False
         for name in manifest["extras"]:
             disk.load_array(folder, name, len(items))
         for name in (disk.USERS, disk.CATALOGUE):
             pl.read_parquet_schema(folder / name)
-    except (DataError, OSError, pl.exceptions.PolarsError):
+    except (DataError, OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return False
     return True
 

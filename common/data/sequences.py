@@ -78,6 +78,13 @@ class Sequences:
     def __contains__(self, user: int) -> bool:
         return self.first <= user < self.first + len(self)
 
+    def ordered(self) -> bool:
+        """Whether every place in `items` lies where it must; looks at all users."""
+        begin, end = self.offsets[:-1], self.offsets[1:]
+        held_out = [(place < 0) | ((place >= begin) & (place < end)) for place in (self.validation, self.test)]
+        sound = (begin <= end) & (begin <= self.train_end) & (self.train_end <= end)
+        return bool(sound.all() and all(each.all() for each in held_out))
+
     def starts(self, users: Ints) -> Ints:
         """Places in `items` where the users' events begin, (n,) int64."""
         return self.offsets[users - self.first]
@@ -92,7 +99,7 @@ class Sequences:
 
         try:
             ids: list[str] = pl.read_parquet(self.folder / disk.USERS)["user"].to_list()
-        except (OSError, pl.exceptions.PolarsError) as error:
+        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise disk.damaged(self.folder, f"{disk.USERS}: {error}") from None
         if len(ids) != len(self):
             raise disk.damaged(self.folder, f"{disk.USERS} has {len(ids)} rows, expected {len(self)}")

@@ -1,5 +1,6 @@
 """Append-only files of what has been spent: a line is on the disk before the release, and none is ever taken back."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -8,6 +9,9 @@ from typing import Any
 
 from common.errors import StateError
 from common.files import append_line, explained, json_text
+
+CHECK = "check"
+"""Key of a line's checksum."""
 
 
 def write(path: Path, line: Mapping[str, Any]) -> None:
@@ -18,7 +22,17 @@ def write(path: Path, line: Mapping[str, Any]) -> None:
     StateError
         Where that fails; nothing may be released then.
     """
-    append_line(path, json_text(line), sync=True)
+    append_line(path, sealed(line), sync=True)
+
+
+def sealed(line: Mapping[str, Any]) -> str:
+    """A line as it is written: with a checksum, so that a flipped bit is not taken for another release."""
+    text = json_text(line)
+    return json_text({**json.loads(text), CHECK: _digest(text)})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read(path: Path, valid: Callable[[Any], bool], start: int = 0, before: int = 0) -> tuple[list[dict[str, Any]], int]:
@@ -57,9 +71,9 @@ def read(path: Path, valid: Callable[[Any], bool], start: int = 0, before: int =
     for number, row in enumerate(content.splitlines(), before + 1):
         try:
             line = json.loads(row)
-            if not valid(line):
+            if line.pop(CHECK) != _digest(json_text(line)) or not valid(line):
                 raise ValueError("something else")
-        except (ValueError, KeyError, TypeError) as fault:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
             raise StateError(
                 f"{path}:{number}: not a line of a privacy ledger, so what was spent is unknown; restore the file"
             ) from fault

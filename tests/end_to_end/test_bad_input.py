@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from server.checkpoint import sealed
 from tests.support.processes import TINY, Finished, hushrec
 from tests.support.runs import tree
 
@@ -190,7 +192,8 @@ def damaged(name: str, content: str | None):
 def not_a_number(run: Path) -> None:
     weights = load_file(run / "model.safetensors")
     weights["item"] = np.full_like(weights["item"], np.nan)
-    save_file(weights, run / "model.safetensors", metadata={"hushrec": "{}"})
+    tensors = {name: torch.from_numpy(values) for name, values in weights.items()}
+    save_file(weights, run / "model.safetensors", metadata={"hushrec": sealed(tensors, {})})
 
 
 def edited(run: Path) -> None:

@@ -9,12 +9,13 @@ import pytest
 
 from client.accounts import ACCOUNTS_FILE, Accounts
 from common.errors import StateError
+from tests.support.books import opened, seal
 
 TERMS = {"noise_multiplier": 2.0, "sampling_rate": 0.5, "steps": 3}
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [opened(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ BAD = {
 def test_a_damaged_account_is_refused_by_file_and_line(fault, place, path):
     rows = [GOOD.encode()] * 3
     rows[place - 1] = BAD[fault] if isinstance(BAD[fault], bytes) else BAD[fault].encode()
-    path.write_bytes(b"\n".join(rows) + b"\n")
+    path.write_bytes(b"\n".join(map(seal, rows)) + b"\n")
     with pytest.raises(StateError, match=rf"{ACCOUNTS_FILE}:{place}: .*what was spent is unknown"):
         Accounts(path)
 
@@ -112,15 +113,15 @@ def test_what_is_damaged_later_is_refused_by_its_line_too(fault, path):
     for round_ in (1, 2):
         accounts.pay([0], round_, TERMS)
     with path.open("ab") as file:
-        file.write((BAD[fault] if isinstance(BAD[fault], bytes) else BAD[fault].encode()) + b"\n")
+        file.write(seal(BAD[fault] if isinstance(BAD[fault], bytes) else BAD[fault].encode()) + b"\n")
     for attempt in (accounts.refresh, accounts.refresh, lambda: accounts.pay([0], 3, TERMS)):
         with pytest.raises(StateError, match=rf"{ACCOUNTS_FILE}:3: "):
             attempt()
 
 
-@pytest.mark.parametrize("end", [len(GOOD) - 1, len(GOOD)])
+@pytest.mark.parametrize("end", [len(seal(GOOD)) - 1, len(seal(GOOD))])
 def test_an_account_that_is_cut_off_is_refused(end, path):
-    path.write_text(GOOD + "\n" + GOOD[:end])
+    path.write_text(seal(GOOD) + "\n" + seal(GOOD)[:end])
     with pytest.raises(StateError, match=ACCOUNTS_FILE):
         Accounts(path)
 
@@ -135,7 +136,8 @@ def test_an_account_of_other_terms_is_refused(name, path):
         with pytest.raises(StateError, match="other terms"):
             attempt.pay([0], 2, other)
     assert path.read_bytes() == before
-    path.write_text(GOOD + "\n" + GOOD.replace(f'"{name}": {TERMS[name]}', f'"{name}": 4') + "\n")
+    changed = GOOD.replace(f'"{name}": {TERMS[name]}', f'"{name}": 4')
+    path.write_text(seal(GOOD) + "\n" + seal(changed) + "\n")
     with pytest.raises(StateError, match="other terms"):
         Accounts(path)
 
@@ -144,7 +146,7 @@ def test_an_account_with_a_line_of_other_terms_stays_refused(path):
     accounts = Accounts(path)
     accounts.pay([0], 1, TERMS)
     with path.open("a") as file:
-        file.write(GOOD.replace("2.0", "4.0") + "\n" + GOOD + "\n")
+        file.write(seal(GOOD.replace("2.0", "4.0")) + "\n" + seal(GOOD) + "\n")
     for _ in range(2):
         with pytest.raises(StateError, match="other terms"):
             accounts.refresh()
@@ -167,6 +169,6 @@ def test_an_account_that_has_lost_lines_is_refused(way, path):
 
 @pytest.mark.parametrize("line", ['"users": ["0"]', '"users": [null]', '"users": [[0]]'])
 def test_users_that_are_no_numbers_are_damage(line, path):
-    path.write_text(GOOD.replace('"users": [0]', line) + "\n")
+    path.write_text(seal(GOOD.replace('"users": [0]', line)) + "\n")
     with pytest.raises(StateError, match=f"{ACCOUNTS_FILE}:1: "):
         Accounts(path)

@@ -1,6 +1,5 @@
 """A device's account in use: paid before anything leaves, kept over restarts, and the end of taking part."""
 
-import json
 import os
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from common.privacy.devices import settle
 from common.wire import REFUSED
 from tests.privacy import alone
 from tests.support import world
+from tests.support.books import opened
 
 ITEMS = alone.ITEMS
 HISTORIES = world.random_histories([4, 9, 6], ITEMS)
@@ -34,7 +34,7 @@ def device_of(experiment, path=None, trainer=train):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [opened(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from client.handlers import handle_train
 from common.errors import StateError
 from common.metrics import point
 from common.wire import METRICS
-from server.shard import Terms, admit
 from server.curator import Curator, PrivateCurator, curator
 from server.ledger import RANKING, UPDATE
 from server.rounds import serve
 from server.sampling import some_users
+from server.shard import Terms, admit
 from simulations.engines import play
 from tests.privacy import private
 from tests.support import world

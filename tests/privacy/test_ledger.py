@@ -17,6 +17,7 @@ from server.rounds import CARD_FILE, CHECKPOINT_FILE, MODEL_FILE, serve
 from simulations.engines import play
 from tests.privacy import private
 from tests.support import world
+from tests.support.books import opened, seal
 
 ITEMS, USERS = private.ITEMS, 12
 HISTORIES = world.sequences(world.random_histories([4, 5, 6, 7, 8, 9] * 2, ITEMS))
@@ -42,7 +43,7 @@ def run(experiment, folder, **options):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / LEDGER_FILE).read_text().splitlines()]
+    return [opened(line) for line in (folder / LEDGER_FILE).read_text().splitlines()]
 
 
 def model(folder, experiment):
@@ -273,20 +274,20 @@ BAD = {
 def test_a_damaged_ledger_is_refused_by_file_and_line(fault, place, tmp_path):
     rows = [GOOD, GOOD, GOOD]
     rows[place - 1] = BAD[fault]
-    (tmp_path / LEDGER_FILE).write_text("\n".join(rows) + "\n")
+    (tmp_path / LEDGER_FILE).write_text("\n".join(map(seal, rows)) + "\n")
     with pytest.raises(StateError, match=rf"{LEDGER_FILE}:{place}: .*what was spent is unknown"):
         Ledger(tmp_path)
 
 
-@pytest.mark.parametrize("end", [len(GOOD) - 1, len(GOOD)])
+@pytest.mark.parametrize("end", [len(seal(GOOD)) - 1, len(seal(GOOD))])
 def test_a_ledger_that_is_cut_off_is_refused(end, tmp_path):
-    (tmp_path / LEDGER_FILE).write_text(GOOD + "\n" + GOOD[:end])
+    (tmp_path / LEDGER_FILE).write_text(seal(GOOD) + "\n" + seal(GOOD)[:end])
     with pytest.raises(StateError, match=LEDGER_FILE):
         Ledger(tmp_path)
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
-    (tmp_path / LEDGER_FILE).write_bytes(GOOD.encode() + b"\n\xff\xfe\x00\n")
+    (tmp_path / LEDGER_FILE).write_bytes(seal(GOOD).encode() + b"\n\xff\xfe\x00\n")
     with pytest.raises(StateError, match=f"{LEDGER_FILE}:2:"):
         Ledger(tmp_path)
 
@@ -303,7 +304,7 @@ def test_an_empty_ledger_has_spent_nothing(tmp_path):
 
 
 def test_a_damaged_ledger_ends_a_run_before_it_asks_anybody(tmp_path):
-    (tmp_path / LEDGER_FILE).write_text(GOOD + "\nhello\n")
+    (tmp_path / LEDGER_FILE).write_text(seal(GOOD) + "\nhello\n")
     with pytest.raises(StateError, match=f"{LEDGER_FILE}:2:"):
         run(setup(), tmp_path, resume=True)
     assert not (tmp_path / MODEL_FILE).exists()
