@@ -1,4 +1,4 @@
-"""A server and three nodes as separate processes over TLS: the model of a simulation, and nobody's events on the way."""
+"""A server and three nodes as processes of their own, over TLS: a simulation's model, and nobody's events."""
 
 import contextlib
 import json
@@ -160,7 +160,7 @@ def test_the_model_can_be_asked_here(deployed, monkeypatch):
 
 
 def test_no_event_reached_the_server(deployed):
-    """The canary stands in its device's own files, which shows that the search can find it, and nowhere with the server."""
+    """The canary stands in its device's own files, so the search can find it, and nowhere with the server."""
     number = deployed.items.index(CANARY)
     device = deployed.folder / "nodes" / "node-000" / "data"
     assert number in np.load(device / "items.npy").tolist()
@@ -180,10 +180,13 @@ def test_no_event_reached_the_server(deployed):
 def test_the_wire_carries_no_plaintext(deployed):
     if deployed.tap is None:
         pytest.skip("raw sockets are not allowed here")
-    with socket.create_server(("127.0.0.1", deployed.port)) as server:  # what a tap sees of plaintext, to compare with
-        with socket.create_connection(("127.0.0.1", deployed.port)) as client, server.accept()[0] as accepted:
-            client.sendall(b"HUSHREC-IN-PLAIN")
-            accepted.recv(100)
+    with (  # what a tap sees of plaintext, to compare with
+        socket.create_server(("127.0.0.1", deployed.port)) as server,
+        socket.create_connection(("127.0.0.1", deployed.port)) as client,
+        server.accept()[0] as accepted,
+    ):
+        client.sendall(b"HUSHREC-IN-PLAIN")
+        accepted.recv(100)
     end = threading.Event()
     end.wait(0.5)
     seen = bytes(deployed.tap.seen)

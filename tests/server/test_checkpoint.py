@@ -222,8 +222,9 @@ def test_no_folder(tmp_path):
 
 def test_shared_memory_is_written_apart(path):
     """Tensors that share memory or are views are no trouble, and what is written is what they were then."""
-    whole = torch.arange(20.0)
-    shared = Weights(whole[:8].view(4, 2).T, whole[4:])
+    size, dim = len(weights().body), EXPERIMENT.model.dim
+    whole = torch.arange(float(size + 4))
+    shared = Weights(whole[: 2 * dim].view(dim, 2).T, whole[4:])
     save(path, State(shared, best=shared), EXPERIMENT)
     whole.zero_()
-    assert load(path, EXPERIMENT).weights.table.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert load(path, EXPERIMENT).weights.table.tolist() == [[*range(0, 2 * dim, 2)], [*range(1, 2 * dim, 2)]]
