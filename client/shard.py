@@ -1,5 +1,6 @@
 """A node that hosts several users: one message in, their cohort, one reply out."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,8 @@ def handle(kind: str, message: Message, users: Sequence[int], device: Device) ->
             told = record(content, METRICS, MetricRecord)["user"]
             for user, update in zip(told, updates, strict=True):  # type: ignore[arg-type]
                 content[of_user(UPDATE, int(user))] = update
-    content[ROUND] = ConfigRecord({"refused": len(reasons), "reasons": list(dict.fromkeys(reasons))[:MOST_REASONS]})
+    why = Counter(reasons).most_common(MOST_REASONS)
+    content[ROUND] = ConfigRecord({"reasons": [reason for reason, _ in why], "times": [times for _, times in why]})
     return Message(content, reply_to=message)
 
 

@@ -308,6 +308,10 @@ class Experiment(Section):
         if isinstance(privacy, NoPrivacy):
             return self
         said, device = f"privacy.kind {privacy.kind} ", on_device(privacy)
+        if federation.replies.oversample:
+            raise ValueError(
+                said + "takes no federation.replies.oversample: who takes part how often is in the account"
+            )
         if federation.weighting != "uniform":
             raise ValueError(said + "needs federation.weighting=uniform: weighed by events, one user passes the bound")
         if isinstance(device, ExampleLevel) and (federation.local.epochs or federation.local.prox):
@@ -321,8 +325,6 @@ class Experiment(Section):
             )
         if not isinstance(privacy, UserLevel):
             return self
-        if federation.replies.oversample:
-            raise ValueError(said + "takes no federation.replies.oversample: its rate of sampling is in the account")
         if federation.sampling != "poisson":
             raise ValueError(said + "needs federation.sampling=poisson: a cohort of fixed size has no such account")
         if privacy.cap is not None and privacy.cap < federation.cohort:

@@ -11,7 +11,7 @@
 | | `ROUND` config | `catalogue` (its version) |
 
 A node that is asked for several users replies with lists in `METRICS`, and its `UPDATE` is the weighted sum of their
-updates, or there is an ``UPDATE-user`` of each; `ROUND` says how many refused (`refused`) and why (`reasons`).
+updates, or there is an ``UPDATE-user`` of each; `ROUND` says why users refused (`reasons`) and how many (`times`).
 """
 
 from collections.abc import Callable, Mapping

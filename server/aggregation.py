@@ -150,8 +150,8 @@ def summed_numbers(update: Explicit, scale: float) -> tuple[NDArray[np.int64] | 
     return rows, Weights(*parts)
 
 
-def check_numbers(update: Explicit, weights: Weights) -> None:
-    """Hold an update's numbers against the global weights; errors as in `check`."""
+def check_numbers(update: Explicit, weights: Weights, largest: float = LARGEST) -> None:
+    """Hold an update's numbers against the global weights and the largest norm; errors as in `check`."""
     table, body, rows = update
     items, dim = weights.table.shape
     if table.dtype != np.float32 or body.dtype != np.float32:
@@ -160,7 +160,7 @@ def check_numbers(update: Explicit, weights: Weights) -> None:
         raise Rejected("item rows outside the catalogue or repeated")
     if body.shape != tuple(weights.body.shape) or table.shape != (items if rows is None else len(rows), dim):
         raise Rejected("wrong shape")
-    if not norm(update) <= LARGEST:  # nor is NaN
+    if not norm(update) <= largest:  # nor is NaN
         raise Rejected("not finite or too large")
 
 

@@ -28,7 +28,7 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> list[M
     """
     if isinstance(grid.get_node_ids(), range):
         return list(grid.send_and_receive(messages, timeout=deadline))
-    waiting = set(grid.push_messages(messages))
+    waiting = set(grid.push_messages(list(messages)))  # Flower iterates over them twice
     end, pause = time.monotonic() + deadline, FIRST_POLL
     replies: list[Message] = []
     while waiting:
@@ -42,9 +42,9 @@ def exchange(grid: Grid, messages: Iterable[Message], deadline: float) -> list[M
     return replies
 
 
-def lost(replies: Iterable[Message]) -> int:
-    """Replies that Flower made for nodes that are gone."""
-    return sum(reply.has_error() and reply.error.code in LOST for reply in replies)
+def answered(replies: Iterable[Message]) -> list[Message]:
+    """Replies that come from nodes, not from Flower on behalf of nodes that are gone (as if from the SuperLink)."""
+    return [reply for reply in replies if not (reply.has_error() and reply.error.code in LOST)]
 
 
 def one_line(reason: str | None) -> str:

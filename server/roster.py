@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 
 from common.errors import StateError, TooFewNodes
 from common.wire import METRICS, ROUND, record, whole_number
-from server.exchange import LOST, exchange, one_line
+from server.exchange import answered, exchange, one_line
 
 ABSENT = 0
 """Node of a user whose node never came; Flower gives no node that number."""
+NOBODY = 30.0
+"""Seconds that others are waited for where all nodes that are there refuse."""
+PATIENCE, AGAIN = 60.0, 30.0
+"""Seconds until a node is taken for quiet; and until it is asked again, each time twice as many."""
 MOST_USERS = 10_000_000
 """Largest population that a node may claim."""
 
@@ -53,6 +57,8 @@ class Roster:
     """Nodes that stay out, and why."""
     online: frozenset[int] | None = None
     """Nodes that are there at the moment; none where all always are."""
+    quiet: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Nodes that did not say anything: when they are asked again, and how long after that once more."""
 
     @property
     def population(self) -> int:
@@ -80,7 +86,9 @@ class Roster:
     @property
     def share(self) -> float:
         """Share of the users whose node is there."""
-        return len(self.present(np.arange(self.population))) / self.population if self.online is not None else 1.0
+        if self.online is None:
+            return 1.0
+        return len(self.present(np.arange(self.population))) / max(self.population, 1)
 
     @classmethod
     def discover(
@@ -116,17 +124,19 @@ class Roster:
         if isinstance(nodes, range):
             answers, refused = ask(grid, nodes[:1], fingerprint, timeout)
             if not answers:
-                raise StateError(f"1 of 1 nodes could not say who lives there: {', '.join(refused.values())}")
+                reason = next(iter(refused.values()), "it did not say anything")
+                raise StateError(f"no node could say who lives there: {reason}")
             return cls(nodes, answers[0].items, answers[0].catalogue)
         roster = cls([], 0, online=frozenset())
         roster.meet(grid, nodes, fingerprint, timeout)
-        while roster.share < 1 and time.monotonic() - began < wait:
+        while roster.share < 1 and time.monotonic() - began < (wait if roster.answers else min(wait, NOBODY)):
             time.sleep(0.5)
             roster.refresh(grid, fingerprint, timeout)
+        reasons = Counter([*roster.refused.values(), *["did not say who lives there"] * len(roster.quiet)])
+        if not roster.answers:
+            raise StateError(f"no node could say who lives there: {', '.join(list(reasons)[:3])}")
         if roster.share < quorum:
-            why = "".join(
-                f"; left out: {reason} ({n})" for reason, n in Counter(roster.refused.values()).most_common(3)
-            )
+            why = "".join(f"; left out: {reason} ({n})" for reason, n in reasons.most_common(3))
             raise TooFewNodes(
                 f"nodes of {roster.share:.0%} of the users came within {wait:.0f} s, not {quorum:.0%}{why}"
             )
@@ -136,26 +146,31 @@ class Roster:
         """See who is there now, and ask those who never were before."""
         if self.online is None:
             return
-        nodes = list(grid.get_node_ids())
-        if new := [node for node in nodes if node not in self.answers and node not in self.refused]:
+        nodes, now = list(grid.get_node_ids()), time.monotonic()
+        strangers = [node for node in nodes if node not in self.answers and node not in self.refused]
+        if new := [node for node in strangers if self.quiet.get(node, (now, 0.0))[0] <= now]:
             self.meet(grid, new, fingerprint, timeout)
         self.online = frozenset(nodes)
 
     def meet(self, grid: Grid, nodes: Sequence[int], fingerprint: str, timeout: float) -> None:
         """Ask new nodes who lives there, and take in those that agree with the others."""
-        answers, refused = ask(grid, nodes, fingerprint, timeout)
-        if not answers and not self.answers:
-            reason = next(iter(refused.values()), "they are gone again")
-            raise StateError(f"{len(nodes)} of {len(nodes)} nodes could not say who lives there: {reason}")
-        if not self.answers:  # what most users' nodes say, of all that are there at the start
-            worlds: Counter[tuple[str, int, int]] = Counter()
-            for answer in answers:
-                worlds[answer.world] += len(answer.users)
-            (self.catalogue, self.items, population), _ = worlds.most_common(1)[0]
-            self.nodes, world = [ABSENT] * population, worlds.most_common(1)[0][0]
+        answers, refused = ask(grid, nodes, fingerprint, min(timeout, PATIENCE))
+        self.online = (self.online or frozenset()) | frozenset(nodes)
+        self.refused |= refused
+        for node in set(nodes) - refused.keys() - {answer.node for answer in answers}:
+            pause = 2 * self.quiet[node][1] if node in self.quiet else AGAIN
+            self.quiet[node] = time.monotonic() + pause, pause
+        for answer in answers:
+            self.quiet.pop(answer.node, None)
+        if not answers:
+            return
+        if not self.answers:  # what most nodes say of all that are there at the start
+            world = Counter(answer.world for answer in answers).most_common(1)[0][0]
+            self.catalogue, self.items, population = world
+            self.nodes = [ABSENT] * population
         else:
             world = next(iter(self.answers.values())).world
-        places, taken = self._places, Counter(u for a in answers for u in a.users)
+        places, taken = self._places, Counter(u for a in answers if a.world == world for u in a.users)
         for answer in answers:
             if answer.world != world:
                 refused[answer.node] = "another catalogue or population than most"
@@ -167,20 +182,14 @@ class Roster:
             places[np.array(self.answers[node].users)] = node
         self.nodes = places.tolist()
         self.refused |= refused
-        self.online = (self.online or frozenset()) | frozenset(nodes)
 
 
 def ask(grid: Grid, nodes: Sequence[int], fingerprint: str, timeout: float) -> tuple[list[Answer], dict[int, str]]:
-    """Answers of nodes in their order, and why others gave none."""
+    """Answers of nodes in their order, and why others refuse; of the rest nothing was heard."""
     content = RecordDict({ROUND: ConfigRecord({"experiment": fingerprint})})
-    replies = exchange(grid, [Message(content, node, "query") for node in nodes], timeout)
     said: dict[int, Answer | str] = {}
-    gone = set()  # they may be asked again
-    for reply in replies:
+    for reply in answered(exchange(grid, [Message(content, node, "query") for node in nodes], timeout)):
         node = reply.metadata.src_node_id
-        if reply.has_error() and reply.error.code in LOST:
-            gone.add(node)
-            continue
         if reply.has_error():
             said[node] = one_line(reply.error.reason)
             continue
@@ -188,7 +197,7 @@ def ask(grid: Grid, nodes: Sequence[int], fingerprint: str, timeout: float) -> t
             said[node] = _read(node, reply.content)
         except (KeyError, TypeError, ValueError) as fault:
             said[node] = f"nonsense when asked who lives there ({fault})"
-    verdicts = {node: said.get(node, "did not say who lives there") for node in nodes if node not in gone}
+    verdicts = {node: said[node] for node in nodes if node in said}
     refused = {node: verdict for node, verdict in verdicts.items() if isinstance(verdict, str)}
     return [verdict for verdict in verdicts.values() if isinstance(verdict, Answer)], refused
 

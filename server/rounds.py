@@ -24,7 +24,7 @@ from common.timing import phase
 from server import checkpoint
 from server.checkpoint import State
 from server.curator import curator as curator_of
-from server.exchange import exchange, lost
+from server.exchange import answered, exchange
 from server.journal import Observer, journal
 from server.ledger import RANKING, UPDATE
 from server.roster import Roster
@@ -240,8 +240,8 @@ def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str
     with phase("asking"):
         messages = list(strategy.configure_train(round_, strategy.arrays(), ConfigRecord(), grid))
     with phase("answering"):
-        replies = exchange(grid, messages, terms.deadline)
-    gone = len(messages) - len(replies) + lost(replies)
+        replies = answered(exchange(grid, messages, terms.deadline))
+    gone = len(messages) - len({reply.metadata.reply_to_message_id for reply in replies})
     void = gone > (1 - terms.quorum) * len(messages) + 1e-9 and not strategy.curator.noised
     metrics = {"void": 1} if void else strategy.aggregate_train(round_, replies)[1]
     facts = {"round": round_, "kind": "void" if void else "train", **(metrics or {})} | (
@@ -275,4 +275,4 @@ def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tu
     messages = iter(strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), grid))
     slices = iter(lambda: list(islice(messages, RANKING_SLICE)), [])
     deadline = strategy.experiment.federation.replies.deadline
-    return strategy.ranks(reply for part in slices for reply in exchange(grid, part, deadline))
+    return strategy.ranks(reply for part in slices for reply in answered(exchange(grid, part, deadline)))

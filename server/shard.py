@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.config import FederationConfig
 from common.errors import StateError
 from common.models.weights import Weights
-from common.wire import METRICS, ROUND, UPDATE, number, of_user, record, whole_number, whole_numbers
+from common.wire import LARGEST, METRICS, ROUND, UPDATE, number, of_user, record, whole_numbers
 from server.aggregation import (
     Explicit,
     Facts,
@@ -130,12 +130,12 @@ def take_apart(message: Message, terms: Terms) -> tuple[list[Reply], Counter[str
         return good, rejected
     if not facts:
         return [], rejected
-    check_numbers(updates[0], terms.weights)
-    if terms.bound is not None and norm(updates[0]) > len(facts) * terms.bound * ROUNDING:
-        raise Rejected("a node's sum passes what its users may add")
     weighed = [each.events if terms.federation.weighting == "events" else 1 for each in facts]
     if not all(0 <= weight < 2**31 for weight in weighed):
         raise Rejected("impossible event count or loss")
+    check_numbers(updates[0], terms.weights, LARGEST * max(1, sum(weighed)))
+    if terms.bound is not None and norm(updates[0]) > len(facts) * terms.bound * ROUNDING:
+        raise Rejected("a node's sum passes what its users may add")
     source, size = Sum(updates[0], np.array(weighed, dtype=np.float32)), sizes[0] // len(facts)
     replies = [
         checked(each, (source, i), size, node, terms.weights, terms.roster, terms.silent)
@@ -211,11 +211,16 @@ def refusals(message: Message, most: int) -> Counter[str]:
         Where the reply holds something else.
     """
     told = record(message.content, ROUND, ConfigRecord)
-    refused, reasons = whole_number(told, "refused"), told["reasons"]
-    if not isinstance(reasons, list) or not 0 <= refused <= most:
-        raise TypeError("reasons are no list")
-    first = [f"refused: {one_line(str(reason))}" for reason in reasons[:1]]
-    return Counter(dict.fromkeys(first, refused))
+    reasons, times = told["reasons"], told["times"]
+    if not isinstance(reasons, list) or not isinstance(times, list) or len(reasons) != len(times):
+        raise TypeError("reasons and their numbers are no two lists")
+    counts = [each for each in times if type(each) is int and each > 0]
+    if len(counts) < len(times) or sum(counts) > most:
+        raise TypeError("more refusals than users")
+    found: Counter[str] = Counter()
+    for reason, count in zip(reasons, counts, strict=True):
+        found[f"refused: {one_line(str(reason))}"] += count
+    return found
 
 
 def _said(message: Message, terms: Terms) -> tuple[list[Facts], Counter[str]]:

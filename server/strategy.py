@@ -26,7 +26,7 @@ from server.curator import curator as curator_of
 from server.exchange import one_line
 from server.optimizers import ServerOptimizer
 from server.roster import Roster, messages
-from server.shard import Terms, admit, ranks_of
+from server.shard import Terms, admit, ranks_of, refusals
 
 PATIENCE = 3
 """Rounds of refusals alone, from the first on, after which the experiment and not a client must be at fault."""
@@ -130,6 +130,9 @@ class FederatedRanking(Strategy):
             if reply.has_error():
                 rejected[one_line(reply.error.reason)] += 1
                 continue
+            if self.roster.shared(node):
+                with suppress(KeyError, TypeError):
+                    rejected += refusals(reply, self._judged[node])
             with suppress(KeyError, TypeError):  # what is no number is no rank
                 if self._judging and reply.metadata.group_id != self._judging[0]:
                     continue

@@ -162,8 +162,8 @@ def test_flower_itself_takes_no_such_metric(value):
 
 
 SHARED = {
-    "more refusals than users": ({}, {"refused": 2**31 - 1, "reasons": ["no battery"]}),
-    "events beyond any float": ({"events": [10**400, 1]}, {"refused": 0, "reasons": []}),
+    "more refusals than users": ({}, {"times": [2**31 - 1], "reasons": ["no battery"]}),
+    "events beyond any float": ({"events": [10**400, 1]}, {"times": [], "reasons": []}),
 }
 
 

@@ -139,8 +139,6 @@ def test_nobody_comes(clock):
     ("answers", "why"),
     [
         ([says(0), says(2)], "67% of the users"),
-        ([says(0), says(0)], r"0% of the users.*hosts users that another node hosts, too \(2\)"),
-        ([says(0, users=2), says(1, users=2)], "0% of the users"),
         ([says(0, users=2), says(2, items=8)], r"67%.*another catalogue or population than most \(1\)"),
         ([says(0, users=2), says(2, catalogue="d")], r"67%.*another catalogue or population than most \(1\)"),
         ([says(0, users=2), says(2, population=4)], r"67%.*another catalogue"),
@@ -161,6 +159,24 @@ def test_disorder_is_named_and_ends_a_run_that_wants_everybody(answers, why):
     with pytest.raises(TooFewNodes, match=why) as caught:
         discover(Nodes(dict(enumerate(answers, 40))))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answers", [[says(0), says(0)], [says(0, users=2), says(1, users=2)]])
+def test_of_two_who_claim_the_same_users_neither_is_believed(answers):
+    with pytest.raises(StateError, match="hosts users that another node hosts, too"):
+        discover(Nodes(dict(enumerate(answers, 40))))
+
+
+def test_a_liar_of_another_world_puts_nobody_out():
+    honest = {40 + user: says(user) for user in range(3)}
+    found = discover(Nodes({**honest, 50: says(0, users=5000, population=5000)}))
+    assert list(found.nodes) == [40, 41, 42]
+    assert list(found.refused) == [50]
+
+
+def test_the_first_node_alone_ends_no_run():
+    grid = Nodes({40: refuses, 41: says(0, users=3)}, *[{40: 0}] * 12)
+    assert list(discover(grid).nodes) == [41, 41, 41]
 
 
 def test_a_quorum_goes_on_without_the_others():
@@ -195,10 +211,13 @@ def test_a_newcomer_takes_nobodys_place(late):
     assert 41 in found.refused
 
 
-def test_a_node_that_was_lost_when_it_was_asked_is_asked_again():
+def test_a_node_that_was_lost_when_it_was_asked_is_asked_again_after_a_while(clock):
     grid = Nodes({40: says(0, users=2), 41: fails(5, "node unavailable")})
     found = discover(grid, quorum=0.5, wait=5)
     grid.answers[41] = says(2)
+    found.refresh(grid, "fingerprint", 1.0)
+    assert list(found.nodes) == [40, 40, ABSENT]
+    clock.time += 60
     found.refresh(grid, "fingerprint", 1.0)
     assert list(found.nodes) == [40, 40, 41]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,16 +42,6 @@ def clock(monkeypatch):
     return Clock.put(monkeypatch)
 
 
-@pytest.fixture
-def judged(monkeypatch):
-    """Ranks that the server has looked at, in order."""
-    seen, quality = [], FederatedRanking.quality
-    monkeypatch.setattr(
-        FederatedRanking, "quality", lambda self, ranks, round_: (seen.append(ranks), quality(self, ranks, round_))[1]
-    )
-    return seen
-
-
 def experiment(*, federation=None, evaluation=None, **sections):
     return world.experiment(
         federation={"rounds": 4, "cohort": 5, "optimizer": {"kind": "fedadam", "lr": 0.02}, **(federation or {})},
@@ -70,22 +61,33 @@ def private(privacy, federation=None, **sections):
 
 
 def run(experiment, grid, folder=None, **options):
-    lines = []
-    return SimpleNamespace(outcome=serve(grid, experiment, folder, lines.append, **options), lines=lines)
+    """A run's outcome, its lines, and all ranks that the server looked at."""
+    lines, ranks, quality = [], [], FederatedRanking.quality
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            FederatedRanking, "quality", lambda self, *given: (ranks.append(given[0]), quality(self, *given))[1]
+        )
+        outcome = serve(grid, experiment, folder, lines.append, **options)
+    return SimpleNamespace(outcome=outcome, lines=lines, ranks=ranks)
 
 
+@cache
 def alone(experiment, prepared=None):
-    """The same in one process."""
+    """The same in one process, which knows no shards."""
     return run(experiment, InProcessGrid(Device.open(experiment, prepared or prepare(experiment.data)), "vectorized"))
 
 
-def same(judged, got, expected, bound=1e-5):
+def unsharded(given):
+    federation = given.federation.model_copy(update={"shards": "sum"})
+    return given.model_copy(update={"federation": federation})
+
+
+def same(got, expected, bound=1e-5):
     assert world.gap(got.outcome.weights, expected.outcome.weights) < bound
     assert (got.outcome.best_round, got.outcome.tested) == (expected.outcome.best_round, expected.outcome.tested)
     assert np.isfinite(got.outcome.test[0]).any()
-    half = len(judged) // 2
-    assert half >= 3
-    for one, other in zip(judged[:half], judged[half:], strict=True):
+    assert len(got.ranks) == len(expected.ranks) == 3
+    for one, other in zip(got.ranks, expected.ranks, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -100,25 +102,25 @@ def train_lines(lines):
 @pytest.mark.parametrize("weighting", ["events", "uniform"])
 @pytest.mark.parametrize("shards", ["sum", "users"])
 @pytest.mark.parametrize("loss", world.LOSSES)
-def test_shards_train_the_model_of_one_process(folder, judged, loss, shards, weighting, local):
+def test_shards_train_the_model_of_one_process(folder, loss, shards, weighting, local):
     federation = {"shards": shards, "weighting": weighting, "local": local}
     given = experiment(loss=world.LOSSES[loss], federation=federation, model={"dropout": 0.2})
-    same(judged, run(given, Network(given, folder)), alone(given))
+    same(run(given, Network(given, folder)), alone(unsharded(given)))
 
 
 @pytest.mark.parametrize("shards", ["sum", "users"])
 @pytest.mark.parametrize("privacy", [LOCAL, EXAMPLES, USERS, {**USERS, "on_device": EXAMPLES}])
-def test_private_shards_train_the_model_of_one_process(tmp_path, judged, privacy, shards):
+def test_private_shards_train_the_model_of_one_process(tmp_path, privacy, shards):
     given = private(privacy, {"shards": shards})
-    got, expected = run(given, Network(given, tmp_path)), alone(given)
-    same(judged, got, expected)
+    got, expected = run(given, Network(given, tmp_path)), alone(unsharded(given))
+    same(got, expected)
     told = [[line["clients"] for line in train_lines(each.lines)] for each in (got, expected)]
     assert told[0] == told[1]
 
 
-def test_norms_of_shards_are_bounded(folder, judged):
+def test_norms_of_shards_are_bounded(folder):
     given = experiment(federation={"shards": "users", "norm_bound": "median"})
-    same(judged, run(given, Network(given, folder)), alone(given))
+    same(run(given, Network(given, folder)), alone(unsharded(given)))
 
 
 # --- what a node does for its users -----------------------------------------------------------------------------------
@@ -131,8 +133,9 @@ def test_norms_of_shards_are_bounded(folder, judged):
 def test_a_node_answers_for_its_own_users_only(folder, kind, named, why):
     given = experiment()
     network = Network(given, folder)
-    users = {} if named is None else {"users": named}
-    (asked,) = world.ask(kind, given, world.weights(given.model, 20), split="test", **users)
+    (asked,) = world.ask(kind, given, world.weights(given.model, 20), split="test")
+    if named is not None:
+        asked.content[ROUND]["users"] = named
     message = Message(asked.content, network.ids[LARGE], kind)
     (reply,) = network.pull_messages(network.push_messages([message]))
     assert why in reply.error.reason
@@ -195,7 +198,7 @@ def test_a_node_with_another_catalogue_stays_out(folder):
     assert "its catalogue is not version another" in roster.refused[network.ids[0]]
     network.configs[LARGE][CATALOGUE] = "another"
     network.restart()
-    with pytest.raises(TooFewNodes, match="25% of the users.*its catalogue is not version another"):
+    with pytest.raises(TooFewNodes, match=r"25% of the users.*its catalogue is not version another"):
         Roster.discover(network, experiment_hash(given), quorum=0.9)
 
 
@@ -257,8 +260,8 @@ WHOLE = {
     "nothing said": lambda reply: with_records(reply, {}, [METRICS]),
     "strings said": lambda reply: with_records(reply, {METRICS: ConfigRecord({"user": ["4", "5"]})}),
     "no refusals": lambda reply: with_records(reply, {}, [ROUND]),
-    "negative refusals": told(refused=-3),
-    "refusals in words": told(refused="many"),
+    "negative refusals": told(reasons=["no"], times=[-3]),
+    "refusals in words": told(reasons=["no"], times=["many"]),
     "reasons that are no list": told(reasons="because"),
     "another round": of_round("77"),
     "no round": of_round(""),
@@ -278,6 +281,7 @@ IN_PART = {
 CASES = [("sum", name) for name in {**WHOLE, **IN_PART}] + [("users", name) for name in WHOLE]
 
 
+@cache
 def disturbed(experiment, folder, trouble, kind="train"):
     network = Network(experiment, folder)
     network.trouble = lambda place, message: (
@@ -288,7 +292,7 @@ def disturbed(experiment, folder, trouble, kind="train"):
 
 @pytest.mark.parametrize(("shards", "name"), CASES)
 def test_a_reply_that_makes_no_sense_changes_nothing(folder, shards, name):
-    given = experiment(federation={"shards": shards, "cohort": 9, **SILENT})
+    given = experiment(federation={"shards": shards, "cohort": 9, "rounds": 2, **SILENT})
     got, without = (disturbed(given, folder, trouble) for trouble in ({**WHOLE, **IN_PART}[name], "silent"))
     assert world.same(got.outcome.weights, without.outcome.weights)
     assert all(line["rejected"] == 1 and "lost" not in line for line in train_lines(got.lines))
