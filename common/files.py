@@ -8,9 +8,11 @@ import hashlib
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,44 @@ def atomic(path: Path, error: type[HushrecError] = StateError) -> Iterator[Path]
             raise
     with suppress(OSError):  # the file is in place; some network file systems cannot flush a folder
         _flush(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold a run directory for this process, so that two never write into one.
+
+    What a process that was killed has left half-written is removed.
+
+    Parameters
+    ----------
+    folder : Path
+        It exists.
+    wait : float
+        Seconds that another process is waited for.
+
+    Raises
+    ------
+    StateError
+        Where another process holds it. The lock dies with its process, however that ends.
+    """
+    with explained(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + wait
+    try:
+        while True:
+            try:
+                flock(descriptor, LOCK_EX | LOCK_NB)
+                break
+            except OSError as fault:
+                if time.monotonic() >= end:
+                    text = f"{folder}: another hushrec process is running here; wait for it or stop it"
+                    raise StateError(text) from fault
+            time.sleep(0.2)
+        for half_written in folder.glob(".????????????.*"):  # by `atomic`, in a process that was killed
+            half_written.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes, error: type[HushrecError] = StateError) -> None:

@@ -8,6 +8,7 @@ import base64
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import BudgetSpent, HushrecError, UsageError
-from common.files import json_text
+from common.files import json_text, locked
 from common.run_config import experiment_of
+from server.journal import METRICS_FILE
 from server.rounds import CARD_FILE, CHECKPOINT_FILE, MODEL_FILE, Outcome, serve
 
 TOLD = "hushrec: "
@@ -24,6 +26,8 @@ OUT = "HUSHREC_OUT"
 """Environment variable of the folder that runs are written into."""
 PART = 48 * 1024
 """Bytes of a file in one line."""
+TAKEOVER = 30.0
+"""Seconds that a run which was stopped is waited for, before another one goes on in its folder."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 app = ServerApp()
@@ -42,8 +46,9 @@ def main(grid: Grid, context: Context) -> None:
         resume = bool(config.get("resume", False))
         if folder and not resume and config.get("run") and (folder / CHECKPOINT_FILE).exists():
             raise UsageError(f"{folder}: holds a run already; resume it, or give this one another name")
-        outcome = serve(grid, experiment_of(context), folder, tell, resume=resume)
-        _deliver(folder, config)
+        with locked(folder, TAKEOVER) if folder else nullcontext():
+            outcome = serve(grid, experiment_of(context), folder, tell, resume=resume)
+            _deliver(folder, config)
         tell(ended(outcome))
     except HushrecError as fault:
         if isinstance(fault, BudgetSpent):  # the last paid model is a result
@@ -78,8 +83,8 @@ def folder_of(context: Context) -> Path | None:
 
 
 def files(folder: Path) -> Iterator[dict[str, Any]]:
-    """What a submitter gets of a run's files: the model and the privacy card, in parts that fit a line."""
-    for name in (MODEL_FILE, CARD_FILE):
+    """What a submitter gets of a run's files: the model, the privacy card and all metrics, in parts that fit a line."""
+    for name in (MODEL_FILE, CARD_FILE, METRICS_FILE):
         content = (folder / name).read_bytes()
         for start in range(0, len(content), PART):
             part = base64.b64encode(content[start : start + PART]).decode()

@@ -75,8 +75,12 @@ def run(
     from simulations import rundir
 
     experiment = read_experiment(config, overrides) if config else rundir.reopen(resume or Path(), overrides or [])
-    folder = resume or rundir.create(experiment, out, data_here=superlink is None)
     place = None if superlink is None else (superlink, authority)
+    if place and not (resume and rundir.result(resume)):
+        from simulations.deployment.remote import reach
+
+        reach(*place)
+    folder = resume or rundir.create(experiment, out, data_here=superlink is None)
     result = rundir.result(folder) or _train(experiment, folder, resume is not None, quiet, as_json, place)
     if as_json:
         print_json(result)
@@ -307,10 +311,12 @@ def _train(
             print_json({"run_dir": str(folder), "status": "stopped"})
         why = str(stop) or "stopped at once"
         kind = TooFewNodes if isinstance(stop, TooFewNodes) else Interrupted
-        elsewhere = (
-            f" --superlink {place[0]}" + (f" --ca {shlex.quote(str(place[1]))}" if place[1] else "") if place else ""
-        )
-        raise kind(f"{why}; go on with: hushrec run --resume {shlex.quote(str(folder))}{elsewhere}") from stop
+        command = f"hushrec run --resume {shlex.quote(str(folder))}"
+        if place:
+            from simulations.deployment.remote import resumption
+
+            command = resumption(folder, *place)
+        raise kind(f"{why}; go on with: {command}") from stop
 
 
 def _items(history: str) -> list[str]:

@@ -15,10 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from fcntl import LOCK_EX, LOCK_NB, flock
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -95,31 +92,6 @@ def reopen(folder: Path, overrides: list[str] | None = None) -> Experiment:
     if overrides and experiment_hash(experiment) != experiment_hash(load(folder / CONFIG)):
         raise UsageError(f"{folder}: only runtime.* can be overridden here; for anything else start a new run")
     return experiment
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run directory for this process, so that two never write into one.
-
-    What a process that was killed has left half-written is removed.
-
-    Raises
-    ------
-    StateError
-        Where another process holds it. The lock dies with its process, however that ends.
-    """
-    with explained(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            flock(descriptor, LOCK_EX | LOCK_NB)
-        except OSError as fault:
-            raise StateError(f"{folder}: another hushrec process is running here; wait for it or stop it") from fault
-        for half_written in folder.glob(".????????????.*"):  # by `common.files.atomic`, in a process that was killed
-            half_written.unlink(missing_ok=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path, experiment: Experiment, data: Path) -> None:

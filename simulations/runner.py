@@ -22,7 +22,7 @@ from client.accounts import ACCOUNTS_FILE
 from client.device import Device
 from common.config import Experiment
 from common.data.prepare import bad_rows, prepare
-from common.files import write_json
+from common.files import locked, write_json
 from common.metrics import Estimate, summarise
 from server.journal import read
 from server.rounds import Outcome, serve
@@ -60,7 +60,7 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
     """
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
-    with rundir.locked(folder):
+    with locked(folder):
         began = time.perf_counter()
         data = prepare(experiment.data)
         device = Device.open(experiment, data, folder / ACCOUNTS_FILE)

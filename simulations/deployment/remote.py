@@ -5,7 +5,10 @@ import importlib
 import json
 import os
 import secrets
+import shlex
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -20,7 +23,7 @@ from rich.console import Console
 
 from common.config import Experiment
 from common.errors import BudgetSpent, HushrecError, Interrupted, StateError, TooFewNodes, UsageError
-from common.files import explained, read_json, write_bytes, write_json
+from common.files import explained, locked, read_json, write_bytes, write_json
 from server.app import TOLD
 from server.journal import METRICS_FILE
 from server.rounds import CARD_FILE, MODEL_FILE
@@ -72,18 +75,22 @@ def run(
         As the run ends on the server.
     """
     check_address(superlink, authority)
-    with rundir.locked(folder):
+    with locked(folder):
         place = folder / rundir.DEPLOYED
         name = read_json(place)["run"] if resume and place.exists() else f"{experiment.name}-{secrets.token_hex(4)}"
         began = time.perf_counter()
         with _home(superlink, authority) as home:
+            if resume and place.exists():  # where its submitter was killed it goes on, and two must not write there
+                _flwr(home, "stop", str(read_json(place)["flower_run_id"]), "hushrec", "--format", "json")
             number = _submit(home, experiment, name, resume and place.exists())
             write_json(place, {"superlink": superlink, "run": name, "flower_run_id": number})
             with watching(console, experiment.federation.rounds) as observe:
                 end = _follow(home, number, folder, observe, resume)
             if end is None:
-                status = _status(home, number)
-                raise StateError(f"the run ended without a result (Flower says {status}); see the server's log")
+                raise StateError(
+                    f"the run ended without a result (Flower says {_status(home, number)}); see the server's log, then "
+                    f"go on with: {resumption(folder, superlink, authority)}"
+                )
         if end["kind"] == "fault":
             raise _FAULTS.get(end["exit_code"], StateError)(f"the server: {end['error']}")
         write_json(place, {**read_json(place), "catalogue": end["catalogue"]})
@@ -106,6 +113,43 @@ def check_address(superlink: str, authority: Path | None) -> None:
         raise UsageError(f"--superlink {superlink}: name --ca, the certificate of the authority that vouches for it")
     if authority is not None and not authority.is_file():
         raise UsageError(f"--ca {authority}: no such file")
+
+
+def reach(superlink: str, authority: Path | None) -> None:
+    """See that somebody answers there, and that the authority vouches for it.
+
+    Raises
+    ------
+    UsageError
+        As `check_address`, or where the authority's certificate is none.
+    StateError
+        Where nobody answers, or somebody else.
+    """
+    check_address(superlink, authority)
+    host, _, port = superlink.rpartition(":")
+    try:
+        context = ssl.create_default_context(cafile=authority) if authority else None
+    except OSError as fault:
+        raise UsageError(f"--ca {authority}: not a certificate in PEM ({fault.strerror or fault})") from fault
+    host = host.strip("[]")
+    try:
+        with socket.create_connection((host, int(port)), timeout=10) as plain:
+            if context:
+                context.wrap_socket(plain, server_hostname=host).close()
+    except ssl.SSLCertVerificationError as fault:
+        raise StateError(
+            f"{superlink}: its certificate is not trusted by --ca {authority} ({fault.verify_message})"
+        ) from fault
+    except OSError as fault:
+        raise StateError(
+            f"{superlink}: the SuperLink does not answer ({fault.strerror or fault}); is it up?"
+        ) from fault
+
+
+def resumption(folder: Path, superlink: str, authority: Path | None) -> str:
+    """The command that goes on with a run."""
+    trusted = f" --ca {shlex.quote(str(authority))}" if authority else ""
+    return f"hushrec run --resume {shlex.quote(str(folder))} --superlink {superlink}{trusted}"
 
 
 @contextmanager
@@ -178,7 +222,7 @@ def _follow(home: Path, number: int, folder: Path, observe: Observer, resume: bo
 def _take(held: dict[str, bytearray], line: dict[str, Any]) -> None:
     """One part of a file, of a kind that is expected, in its place."""
     name, start, size = line["name"], line["start"], line["size"]
-    if name not in {MODEL_FILE, CARD_FILE} or not 0 < size <= MOST_BYTES:
+    if name not in {MODEL_FILE, CARD_FILE, METRICS_FILE} or not 0 < size <= MOST_BYTES:
         raise StateError(f"the server sent a file that nobody wants: {name!r}")
     content = held.setdefault(name, bytearray())
     if start != len(content):
@@ -233,7 +277,10 @@ def _flwr(home: Path, *arguments: str) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        answer = {"error-message": " ".join((done.stderr or done.stdout).split())[-300:]}
+        answer = {"error-message": done.stderr or done.stdout}
+    if "error-message" in answer:  # Flower puts its notes before it
+        said = [line.strip() for line in str(answer["error-message"]).splitlines() if line.strip()]
+        answer["error-message"] = said[-1][-300:] if said else "nothing"
     return answer
 
 

@@ -13,7 +13,7 @@ from common.errors import ConfigError, UsageError
 from common.metrics import point
 from server import app as module
 from server.app import TOLD, app
-from server.journal import read
+from server.journal import METRICS_FILE, read
 from server.rounds import CARD_FILE, MODEL_FILE, serve
 from simulations.grid import InProcessGrid
 from tests.support import world
@@ -83,7 +83,7 @@ def test_the_files_come_in_parts(grid, tmp_path, monkeypatch, capsys):
             assert len(content.setdefault(line["name"], b"")) == line["start"]
             content[line["name"]] += base64.b64decode(line["data"])
     here = tmp_path / "a.run-1"
-    assert content == {name: (here / name).read_bytes() for name in (MODEL_FILE, CARD_FILE)}
+    assert content == {name: (here / name).read_bytes() for name in (MODEL_FILE, CARD_FILE, METRICS_FILE)}
     assert here.stat().st_mode & 0o777 == 0o700
 
 

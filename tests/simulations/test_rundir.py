@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common import files
 from common.data.prepare import prepare
 from common.errors import ConfigError, DataError, StateError, UsageError
 from common.loading import parse
@@ -91,21 +92,21 @@ def test_two_processes_never_hold_one_folder(folder):
     code = """
 import sys
 from pathlib import Path
-from simulations import rundir
-with rundir.locked(Path(sys.argv[1])):
+from common import files
+with files.locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
     command = [sys.executable, "-c", code, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(StateError, match="another hushrec process is running here"), rundir.locked(folder):
+        with pytest.raises(StateError, match="another hushrec process is running here"), files.locked(folder):
             pass
         other.kill()
         other.wait()
-    with rundir.locked(folder):  # the lock died with its process
+    with files.locked(folder):  # the lock died with its process
         pass
-    with rundir.locked(folder):
+    with files.locked(folder):
         pass
 
 
@@ -114,7 +115,7 @@ def test_half_written_files_are_removed_by_the_next_one(folder):
     others = [folder / name for name in (".gitignore", "notes.txt", ".0123456789ab")]
     for path in (half, *others):
         path.touch()
-    with rundir.locked(folder):
+    with files.locked(folder):
         assert not half.exists()
     assert all(path.exists() for path in others)
 

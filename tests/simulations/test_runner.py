@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from common import files
 from common.errors import Interrupted, StateError
 from common.loading import parse
 from server import journal
@@ -112,7 +113,7 @@ def test_a_second_signal_stops_at_once(start, signalled, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         start()
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
-    with rundir.locked(tmp_path / "run"):
+    with files.locked(tmp_path / "run"):
         pass
 
 
