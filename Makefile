@@ -18,7 +18,7 @@ run: $(VENV)/.installed ## Train and evaluate the quickstart experiment
 	$(BIN)/hushrec run configs/quickstart.yaml
 
 test: $(VENV)/.installed-dev ## Run the tests, two at a time
-	$(BIN)/pytest -n 2 --dist loadfile # a file's fixtures, such as a whole deployment, are made once
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder # a file's fixtures, such as a whole deployment, are made once
 
 lint: $(VENV)/.installed-dev ## Check format, style, types and layers
 	$(BIN)/ruff format --check
