@@ -17,11 +17,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.data.catalogue import Catalogue
 from common.errors import StateError, UsageError
 from common.files import explained, read_json, write_json
+from simulations.deployment import flower
 from simulations.deployment.folder import guard, nodes_of, server_of
 
 SUPERLINK = "superlink"
@@ -32,11 +33,6 @@ PATIENCE = 120.0
 GRACE = 10.0
 """Seconds between a polite request to end and a kill."""
 _MARK = "HUSHREC_DEPLOYMENT"
-_OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 
 
 class Status(NamedTuple):
@@ -200,7 +196,7 @@ def _register(folder: Path, say: Callable[[str], None]) -> dict[str, str]:
         if ids.get(key.stem) in there:
             continue
         say(f"registering {key.stem}")
-        answer = _flwr(folder, "register", str(key), "hushrec", "--name", key.stem)
+        answer = flower.call(folder / "client", "supernode", "register", str(key), "hushrec", "--name", key.stem)
         if answer.get("success"):
             ids[key.stem] = str(answer["node-id"])
             write_json(path, ids)
@@ -250,29 +246,10 @@ def _ended(name: str, log: Path) -> StateError:
 
 def _online(folder: Path) -> dict[str, bool]:
     """Ids of the nodes whose keys the server knows, and whether it takes them for running."""
-    answer = _flwr(folder, "list", "hushrec")
+    answer = flower.call(folder / "client", "supernode", "list", "hushrec")
     if not answer.get("success"):
         raise StateError(f"{folder}: the server does not list its nodes: {answer.get('error-message', answer)}")
     return {node["node-id"]: node["status"] == "online" for node in answer["nodes"] if node["status"] != "unregistered"}
-
-
-def _flwr(folder: Path, *arguments: str) -> dict[str, Any]:
-    environment = {**os.environ, **_OFFLINE, "FLWR_HOME": str(folder / "client")}
-    flwr = Path(sys.executable).absolute().with_name("flwr")
-    with explained(flwr):
-        done = subprocess.run(
-            [flwr, "supernode", *arguments, "--format", "json"],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        answer = {"error-message": " ".join((done.stderr or done.stdout).split())[-300:]}
-    return answer
 
 
 # --- what is known of the processes -----------------------------------------------------------------------------------

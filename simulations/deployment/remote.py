@@ -3,14 +3,12 @@
 import base64
 import importlib
 import json
-import os
 import secrets
 import shlex
 import shutil
 import socket
 import ssl
 import subprocess
-import sys
 import tempfile
 import time
 import tomllib
@@ -28,18 +26,13 @@ from server.app import TOLD
 from server.journal import METRICS_FILE
 from server.rounds import CARD_FILE, MODEL_FILE
 from simulations import rundir
+from simulations.deployment import flower
 from simulations.deployment.scripts import client_config
 from simulations.progress import Observer, watching
 
 MOST_BYTES = 2**31
 """Largest file that is taken from a log."""
 _FAULTS: dict[int, type[HushrecError]] = {fault.exit_code: fault for fault in (UsageError, BudgetSpent, TooFewNodes)}
-_OFFLINE = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "NO_COLOR": "1",
-}
 
 
 def run(
@@ -81,7 +74,7 @@ def run(
         began = time.perf_counter()
         with _home(superlink, authority) as home:
             if resume and place.exists():  # where its submitter was killed it goes on, and two must not write there
-                _flwr(home, "stop", str(read_json(place)["flower_run_id"]), "hushrec", "--format", "json")
+                flower.call(home, "stop", str(read_json(place)["flower_run_id"]), "hushrec")
             number = _submit(home, experiment, name, resume and place.exists())
             write_json(place, {"superlink": superlink, "run": name, "flower_run_id": number})
             with watching(console, experiment.federation.rounds) as observe:
@@ -191,7 +184,7 @@ def _submit(home: Path, experiment: Experiment, name: str, resume: bool) -> int:
     lines = [f"{key} = {json.dumps(value)}" for key, value in told.items()] + [f"resume = {str(resume).lower()}"]
     settings = home / "run.toml"
     settings.write_text("\n".join(lines) + "\n")
-    answer = _flwr(home, "run", str(home / "app"), "hushrec", "--run-config", str(settings), "--format", "json")
+    answer = flower.call(home, "run", str(home / "app"), "hushrec", "--run-config", str(settings))
     if not answer.get("success") or "run-id" not in answer:
         raise StateError(f"the SuperLink did not take the run: {answer.get('error-message', answer)}")
     return int(answer["run-id"])
@@ -233,15 +226,20 @@ def _take(held: dict[str, bytearray], line: dict[str, Any]) -> None:
 @contextmanager
 def _log(home: Path, number: int) -> Iterator[Iterator[dict[str, Any]]]:
     """What the run tells, line by line, until it ends; it is stopped where this process is."""
-    command = [_executable(), "log", str(number), "hushrec", "--stream"]
+    command = [str(flower.executable()), "log", str(number), "hushrec", "--stream"]
     with subprocess.Popen(
-        command, env=_environment(home), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, start_new_session=True,
-    ) as stream:  # fmt: skip
+        command,
+        env=flower.environment(home),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as stream:
         try:
             yield _told(stream)
         except KeyboardInterrupt as stop:
-            _flwr(home, "stop", str(number), "hushrec", "--format", "json")
+            flower.call(home, "stop", str(number), "hushrec")
             raise Interrupted("stopped; the server has its last checkpoint") from stop
         finally:
             stream.kill()
@@ -260,36 +258,9 @@ def _told(stream: "subprocess.Popen[str]") -> Iterator[dict[str, Any]]:
 
 
 def _status(home: Path, number: int) -> str:
-    answer = _flwr(home, "ls", "hushrec", "--run-id", str(number), "--format", "json")
+    answer = flower.call(home, "ls", "hushrec", "--run-id", str(number))
     runs = answer.get("runs") or [{"status": answer.get("error-message", "nothing")}]
     return str(runs[0]["status"])
-
-
-def _flwr(home: Path, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [_executable(), *arguments],
-        env=_environment(home),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        answer = {"error-message": done.stderr or done.stdout}
-    if "error-message" in answer:  # Flower puts its notes before it
-        said = [line.strip() for line in str(answer["error-message"]).splitlines() if line.strip()]
-        answer["error-message"] = said[-1][-300:] if said else "nothing"
-    return answer
-
-
-def _environment(home: Path) -> dict[str, str]:
-    return {**os.environ, **_OFFLINE, "FLWR_HOME": str(home)}
-
-
-def _executable() -> str:
-    return str(Path(sys.executable).absolute().with_name("flwr"))
 
 
 def _result(folder: Path, end: dict[str, Any], seconds: float) -> dict[str, Any]:
