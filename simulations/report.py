@@ -83,8 +83,8 @@ def _facts(result: dict[str, Any]) -> Table:
     rows = {
         "users": f"{result['users']:,}, one client each; {result['users_tested']:,} of them tested",
         "rounds": f"{result['rounds']:,}; validation chose round {result['best_round']:,}",
-        "speed": f"{result['seconds']:,.0f} s, {result['clients_per_second']:,.0f} clients/s, "
-        f"{result['peak_rss_mb']:,.0f} MB of memory at most",
+        "speed": f"{result['seconds']:,.0f} s, {result['clients_per_second']:,.0f} clients/s"
+        + (f", {result['peak_rss_mb']:,.0f} MB of memory at most" if result["peak_rss_mb"] else ""),  # not of nodes
         "traffic": f"a client received {_size(result['bytes_down_per_client'])}"
         + (
             f" and sent {_size(result['bytes_up_per_client'])} a round" if result["bytes_up_per_client"] else " a round"
