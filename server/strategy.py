@@ -7,7 +7,7 @@ It reads like the algorithm: `configure_train` is what the server says, `aggrega
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from math import nan
+from math import isnan, nan
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
@@ -126,20 +126,22 @@ class FederatedRanking(Strategy):
         self.asked = 0
         for reply in replies:
             node = reply.metadata.src_node_id
-            self.asked += self._judged[node] if self.roster.shared(node) else 1
+            shared = self.roster.shared(node)
+            self.asked += self._judged[node] if shared else 1
             if reply.has_error():
                 rejected[one_line(reply.error.reason)] += 1
                 continue
-            if self.roster.shared(node):
+            if shared:
                 with suppress(KeyError, TypeError):
                     rejected += refusals(reply, self._judged[node])
+            if self._judging and reply.metadata.group_id != self._judging[0]:
+                continue
             with suppress(KeyError, TypeError):  # what is no number is no rank
-                if self._judging and reply.metadata.group_id != self._judging[0]:
-                    continue
-                for user, rank, few in ranks_of(reply) if self.roster.shared(node) else [_rank_of(reply)]:
-                    heard = np.isfinite(full[user : user + 1]).any()  # the first rank of a user counts
-                    welcome = self._judging is None or (0 <= user < len(full) and self._judging[1][user])
-                    if welcome and not heard and self.roster.hosts(node, user) and 1 <= rank <= self.roster.items:
+                for user, rank, few in ranks_of(reply) if shared else [_rank_of(reply)]:
+                    if not (self.roster.hosts(node, user) and 1 <= rank <= self.roster.items):
+                        continue
+                    # Of those who were asked, and of each its first.
+                    if (self._judging is None or self._judging[1][user]) and isnan(full[user]):
                         full[user] = rank
                         sampled[user] = few if 1 <= few <= self.roster.items else np.nan
         self._note(rejected, self.asked - rejected.total())

@@ -11,7 +11,6 @@ import ssl
 import subprocess
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -175,7 +174,6 @@ def _write_app(target: Path) -> None:
         '[tool.flwr.app.components]\nserverapp = "server.app:app"\nclientapp = "client.app:app"\n'
         f"[tool.flwr.app.config]{keys}"
     )
-    tomllib.loads(text)
     (target / "pyproject.toml").write_text(text)
 
 

@@ -98,7 +98,7 @@ def test_a_folder_with_a_run_is_resumed_or_left_alone(grid, tmp_path, monkeypatc
     assert (tmp_path / "r" / MODEL_FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".hidden", "A", "x" * 200, "a\nb"])
+@pytest.mark.parametrize("name", ["../x", "/elsewhere/x", "a/b", ".hidden", "A", "x" * 200, "a\nb"])
 def test_a_name_is_no_path(name, grid, tmp_path, monkeypatch):
     monkeypatch.setenv("HUSHREC_OUT", str(tmp_path))
     with pytest.raises(UsageError, match="must be small letters"):
