@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from client.batches import Windows
+from client.gradients import as_tensor, own_gradients, weighted
 from client.noised import Noised, add_own_noise
 from client.problem import Problem, pose
 from client.rows import Ints
 from client.step import Vectors
-from client.training import as_tensor, own_gradients, weighted
 from common.config import Experiment
 from common.data.sequences import Sequences
 from common.errors import UsageError
@@ -141,24 +141,24 @@ def add_clipped(
     """
     owner, problem = torch.from_numpy(taken.owner), taken.problem
     read, body = _standing(weights, change, owner, problem)
-    table, factored, _ = own_gradients(experiment, read, body, problem, round_)
+    tables, factored, _ = own_gradients(experiment, read, body, problem, round_)
     parts = [as_tensor(part) for part in factored]
-    measured = norms(table, *parts)
+    measured = norms(*tables, *parts)
     factors = (clip_factors(measured, bound) * rate).float()
     if not torch.isfinite(measured).all():  # nought times what is not finite is not nought
-        for part in (table, *parts):
+        for part in (*tables, *parts):
             part[~torch.isfinite(measured)] = 0.0
     mine = torch.zeros(len(change.body), len(owner))  # (C, E), what of which segment is whose
     mine[owner, torch.arange(len(owner))] = factors
     if problem.rows is None:
-        change.table.add_(weighted(mine, table))
+        change.table.add_(weighted(mine, tables.shared))
     else:
-        n, dim = problem.negatives, table.shape[2]
-        change.table.index_add_(1, torch.from_numpy(problem.rows[0, :n]), weighted(mine, table[:, :n]))
-        used = np.arange(n, table.shape[1]) < problem.counts[:, None]  # (E, R − N), rows of the segment's own
+        n, dim = problem.shared, tables.own.shape[2]
+        change.table.index_add_(1, torch.from_numpy(problem.rows[0, :n]), weighted(mine, tables.shared))
+        used = np.arange(n, problem.rows.shape[1]) < problem.counts[:, None]  # (E, R − N), rows of the segment's own
         of = np.nonzero(used)[0]
         place = taken.owner[of] * change.table.shape[1] + problem.rows[:, n:][used]
-        values = table[:, n:][torch.from_numpy(used)] * factors[torch.from_numpy(of)].unsqueeze(-1)
+        values = tables.own[torch.from_numpy(used)] * factors[torch.from_numpy(of)].unsqueeze(-1)
         change.table.view(-1, dim).index_add_(0, torch.from_numpy(place), values)
     begin = 0
     for part in parts:

@@ -41,6 +41,11 @@ class Problem(NamedTuple):
     barred: Tensor
     """−inf where a negative is one of the user's training items, else 0: ``(C, 1, N)`` or ``(C, S, W, 1)``."""
 
+    @property
+    def shared(self) -> int:
+        """So many rows at the table's start are read by all users: the negatives, or the whole catalogue."""
+        return self.catalogue if self.rows is None else self.negatives
+
 
 def shared_negatives(loss: LossConfig, seed: int, round_: int, catalogue: int) -> Ints:
     """The round's negatives: sorted, distinct, uniform over the catalogue, from the public seed; ``(N,)``."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from client.problem import Problem
 from client.rows import Ints
 from common.config import Experiment
-from common.models.encoder import dropout_sites, encode
+from common.models.alike import Tap
+from common.models.encoder import dropout_sites, encode, linear
 from common.models.losses import Candidates, build_loss
 from common.seeding import keep_mask, uniform_bits
 
@@ -21,7 +22,7 @@ class Vectors(NamedTuple):
 
     events: Tensor
     """Of the windows, ``(C, W + 1, D)``."""
-    scored: Tensor | None
+    scored: Tensor | Tap | None
     """Of the items that every position is scored against, shared ``(N, D)`` or stacked ``(C, N, D)``."""
     private: Tensor | None
     """Of one negative per position, ``(C, W, D)``, for `bce`."""
@@ -54,12 +55,9 @@ def step_loss(
         negative = (hidden * vectors.private).sum(-1, keepdim=True) + problem.barred[:, step]  # (C, W, 1)
     elif vectors.scored is None:
         raise ValueError("nothing to score against")
-    elif experiment.loss.kind == "softmax":
-        negative = hidden @ vectors.scored.mT  # (C, W, I)
-    elif vectors.scored.dim() == 2:
-        negative = (hidden @ vectors.scored.T).add_(problem.barred)  # (C, W, N)
     else:
-        negative = torch.baddbmm(problem.barred, hidden, vectors.scored.mT)
+        negative = linear(hidden, vectors.scored)  # (C, W, N), or I for the whole catalogue
+        negative = negative if experiment.loss.kind == "softmax" else negative.add_(problem.barred)
     loss = build_loss(experiment.loss, problem.catalogue)
     return loss(Candidates(positive, negative), problem.events[:, step, 1:], mask)
 

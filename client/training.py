@@ -9,18 +9,17 @@ asked for.
 """
 
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.gradients import Stack, Tables, added, as_tensor, own_gradients, weighted
 from client.problem import Problem
 from client.rows import Ints
-from client.step import Vectors, read_vectors, step_loss
+from client.step import read_vectors, step_loss
 from common.config import Experiment
-from common.models.alike import Outer, Tap
 from common.models.weights import Weights, body_shapes, named
 from common.privacy.mechanism import clip_factors, norms
 from common.privacy.precondition import preconditioned
@@ -108,9 +107,10 @@ class Updates:
 
     def one(self, i: int) -> Weights:
         """Change of the i-th user's rows ``(R, D)`` and of the body ``(P,)``."""
-        table, parts, factors = self._stacked[0]
+        tables, parts, factors = self._stacked[0]
         body = torch.cat([as_tensor(part[i : i + 1]).flatten() for part in parts])
-        return Weights(table[i, : self.counts[i]] * factors[i], body * factors[i])
+        table = torch.cat([each[i] for each in tables])[: self.counts[i]]
+        return Weights(table * factors[i], body * factors[i])
 
     def summed(self, importance: NDArray[np.float32]) -> tuple[Ints | None, Weights]:
         """Σ importance · update, importance ``(C,)``; 0 leaves a user out.
@@ -129,18 +129,17 @@ class Updates:
         scale, union = torch.from_numpy(importance[chosen]), self._shared.rows
         if len(chosen) < len(importance):
             here = torch.from_numpy(chosen)
-            tables, parts, factors = tables[here], [part[here] for part in parts], factors[here]
+            tables, parts, factors = tables.of(here), [part[here] for part in parts], factors[here]
         scale = scale * factors
         body = torch.cat([weighted(scale, part).flatten() for part in parts])
+        shared = weighted(scale, tables.shared)
         if union is None or self._own.rows is None:
-            return None, Weights(weighted(scale, tables), body)
-        n = self._own.negatives
-        table = torch.zeros(len(union), tables.shape[2])
-        table[:n] = torch.einsum("c,crd->rd", scale, tables[:, :n])
-        used = np.arange(n, tables.shape[1]) < self.counts[chosen, None]  # (C, R − N), rows of the user's own
-        place = n + np.searchsorted(union[n:], self._own.rows[chosen][:, n:][used])
-        table.index_add_(0, torch.from_numpy(place), (tables[:, n:] * scale.view(-1, 1, 1))[torch.from_numpy(used)])
-        return union, Weights(table, body)
+            return None, Weights(shared, body)
+        n = self._own.shared
+        used = np.arange(n, self._own.rows.shape[1]) < self.counts[chosen, None]  # (C, R − N)
+        place = np.where(used, np.searchsorted(union[n:], self._own.rows[chosen][:, n:]), len(union) - n)
+        own = added(len(union) - n, torch.from_numpy(place), tables.own * scale.view(-1, 1, 1))
+        return union, Weights(torch.cat([shared, own]), body)
 
     def _shared_step(self) -> Weights | None:
         """Weighted sum of all updates, of the shared problem's rows.
@@ -165,36 +164,36 @@ class Updates:
         return table if rows is None else table[torch.from_numpy(rows)]
 
     @cached_property
-    def _stacked(self) -> tuple["Stack", NDArray[np.float32], Tensor]:
+    def _stacked(self) -> tuple[Stack, NDArray[np.float32], Tensor]:
         """All single updates; the losses; the norms before any clip, float64."""
         steps = self._own.windows.lengths.shape[1]
         # With one step nobody's weights ever differ from the others', so no copies are made, only gradients.
         stack, losses = self._one_step() if steps == 1 else self._several_steps()
         with torch.no_grad():
             stack = self._mapped(stack)
-            measured = norms(stack.table, *stack.parts) * stack.factors.abs()
+            measured = norms(*stack.tables, *stack.parts) * stack.factors.abs()
             if self._clip is not None:
                 stack = stack._replace(factors=stack.factors * clip_factors(measured, self._clip).float())
         return stack, losses, measured
 
-    def _mapped(self, stack: "Stack") -> "Stack":
+    def _mapped(self, stack: Stack) -> Stack:
         """Updates in the coordinates in which they are clipped and released."""
         privacy = self._experiment.privacy
         if self._clip is None or not isinstance(privacy, UserLevel) or privacy.precondition is None:
             return stack
-        table, parts = preconditioned(privacy.precondition, self._weights.table, stack.table, stack.parts)
-        return stack._replace(table=table, parts=parts)
+        tables, parts = preconditioned(privacy.precondition, self._weights.table, stack.tables, stack.parts)
+        return stack._replace(tables=Tables(*tables), parts=parts)
 
-    def _one_step(self) -> tuple["Stack", NDArray[np.float32]]:
+    def _one_step(self) -> tuple[Stack, NDArray[np.float32]]:
         """Each user's own gradient at the shared weights."""
         # What a user reads is gathered from the shared table; where its gradients belong is told apart afterwards.
         read = read_vectors(self._shared_rows(), self._shared, 0)
-        table, parts, losses = own_gradients(self._experiment, read, self._weights.body, self._own, self._round)
+        tables, parts, losses = own_gradients(self._experiment, read, self._weights.body, self._own, self._round)
         # The step itself, not a difference of weights, which would lose its last digits.
         factors = torch.full((len(self.users),), -self._experiment.federation.local.lr)
-        return Stack(table, parts, factors), losses.numpy()
+        return Stack(tables, parts, factors), losses.numpy()
 
-    def _several_steps(self) -> tuple["Stack", NDArray[np.float32]]:
+    def _several_steps(self) -> tuple[Stack, NDArray[np.float32]]:
         """Train a copy of the weights per user."""
         model, local, lengths = self._experiment.model, self._experiment.federation.local, self._own.windows.lengths
         c, table, rows = len(self.users), self._weights.table, self._own.rows
@@ -221,86 +220,5 @@ class Updates:
         with torch.no_grad():
             change = Weights(*(part.detach().sub_(begin) for part, begin in zip(here, start, strict=True)))
         mean_losses = losses.sum(-1).numpy() / np.maximum((lengths > 1).sum(-1), 1).astype(np.float32)
-        return Stack(change.table, [change.body], torch.ones(c)), mean_losses
-
-
-class Stack(NamedTuple):
-    """The single updates of C users, each yet to be multiplied with its factor, which saves a pass over all of them."""
-
-    table: Tensor
-    """``(C, R, D)``."""
-    parts: list[Tensor | Outer]
-    """The body's parameters in their order, ``(C, …)`` each."""
-    factors: Tensor
-    """``(C,)`` float32."""
-
-
-def own_gradients(
-    experiment: Experiment, read: Vectors, body: Tensor, problem: Problem, round_: int, step: int = 0
-) -> tuple[Tensor, list[Tensor | Outer], Tensor]:
-    """Each user's gradient of its own loss in one step, exact; nothing mixes users.
-
-    Parameters
-    ----------
-    experiment : Experiment
-        Model, loss, seed.
-    read : Vectors
-        What the step reads of the users' tables.
-    body : Tensor
-        ``(P,)``, the same for all, or ``(C, P)``.
-    problem : Problem
-        Stacked.
-    round_ : int
-        With the seed and each user, the key of all draws.
-    step : int
-        Which of the problem's steps.
-
-    Returns
-    -------
-    table : (C, R, D)
-        Of the rows that each user touches.
-    parts : list of (C, …)
-        Of the body's parameters in their order; those of linear layers in factors where all have the same body.
-    losses : (C,)
-        Before the step.
-    """
-    model, (c, _, d) = experiment.model, read.events.shape
-    scored = read.scored if read.scored is None or read.scored.dim() == 3 else read.scored.expand(c, -1, -1)
-    leaves = [part.detach().requires_grad_() for part in (read.events, scored, read.private) if part is not None]
-    parameters = named(model, body)
-    taps = {n: Tap(p.detach()) for n, p in parameters.items() if body.dim() == 1 and p.dim() == 2 and "weight" in n}
-    if body.dim() == 1:
-        parameters = {n: p.expand(c, *p.shape) for n, p in parameters.items()}
-    own = {n: p.detach().requires_grad_() for n, p in parameters.items() if n not in taps}
-    places = iter(leaves)
-    vectors = Vectors(*(None if part is None else next(places) for part in read))  # type: ignore[arg-type]
-    losses = step_loss(experiment, vectors, own | taps, problem, step, round_)
-    gradients = torch.autograd.grad(losses.sum(), [*leaves, *own.values()])
-    of_read, of_own = gradients[: len(leaves)], iter(gradients[len(leaves) :])
-    of_body = [taps[name].gradient if name in taps else next(of_own) for name in body_shapes(model)]
-    rows = problem.catalogue if problem.rows is None else problem.rows.shape[1]
-    table = of_read[1] if scored is not None and rows == scored.shape[1] else torch.zeros(c, rows, d)
-    if scored is not None and table is not of_read[1]:
-        table[:, : problem.negatives] = of_read[1]
-    owner = torch.arange(c).unsqueeze(-1)
-    indices = [problem.events[:, step]] + ([] if problem.private is None else [problem.private[:, step]])
-    for index, gradient in zip(indices, (of_read[0], of_read[-1]), strict=False):
-        table.index_put_((owner, index), gradient, accumulate=True)
-    return table, of_body, losses.detach()
-
-
-def as_tensor(part: Tensor | Outer) -> Tensor:
-    """Gradients of one parameter, ``(C, …)``, multiplied out."""
-    return part.whole() if isinstance(part, Outer) else part
-
-
-def weighted(scale: Tensor, stacked: Tensor | Outer) -> Tensor:
-    """Σ scale · part over C users, ``(C,), (C, …) → (…)``, or several such sums, ``(K, C), (C, …) → (K, …)``.
-
-    Without a copy where two dimensions are merely swapped, as in the gradients of linear layers.
-    """
-    if isinstance(stacked, Outer):
-        return stacked.weighted(scale)
-    if stacked.dim() == 3 and not stacked.is_contiguous() and stacked.mT.is_contiguous():
-        return weighted(scale, stacked.mT).mT
-    return (scale @ stacked.flatten(1)).view(*scale.shape[:-1], *stacked.shape[1:])
+        tables = Tables.split(change.table, self._own.shared)
+        return Stack(tables, [change.body], torch.ones(c)), mean_losses

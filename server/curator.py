@@ -20,7 +20,7 @@ from common.metrics import from_histogram, point
 from common.models.weights import Weights
 from common.privacy.card import card
 from common.privacy.mechanism import add_noise, clip_factors, noised_histogram, norms
-from common.privacy.noise import noise_source
+from common.privacy.noise import Ahead, noise_source
 from common.privacy.plan import public_users, settle
 from common.privacy.schema import UserLevel, on_device
 from server.aggregation import Explicit, Reply, norms_of, weigh, weighted_sum
@@ -79,6 +79,9 @@ class Curator:
         if split == "test":
             return some_users(evaluation.test_users, self.population, seed, "test-users", 0)
         return some_users(evaluation.users, self.population, seed, "validation-users", round_)
+
+    def foresee(self, round_: int, numbers: int) -> None:
+        """Make ready, while devices train, what a round of a model of so many numbers will need."""
 
     def affords(self, what: str) -> bool:
         """Whether one more release of a kind is within the budget."""
@@ -174,7 +177,7 @@ class PrivateCurator(Curator):
         self.ledger = Ledger(folder)
         self.terms = settle(experiment, len(self._trainees))
         self.clip = self.privacy.clipping_norm
-        self._noise = noise_source(self.privacy.rng, experiment.seed)
+        self._noise = Ahead(noise_source(self.privacy.rng, experiment.seed))
         self._affordable: dict[int, int] = {}
         self._clipped: list[float] = []
         kinds = {UPDATE: self._update_terms(), RANKING: self._ranking_terms()}
@@ -189,6 +192,10 @@ class PrivateCurator(Curator):
         size = int(rng.binomial(n, self.terms.rate))
         places = without_replacement(rng, n, min(size, self.privacy.cap or size))
         return places if isinstance(self._trainees, range) else self._trainees[places]
+
+    def foresee(self, round_: int, numbers: int) -> None:
+        """As in `Curator`: the noise is drawn. It is added to nothing before it is paid for."""
+        self._noise.foresee(numbers, "update-noise", round_, self.ledger.attempts(UPDATE, round_))
 
     def affords(self, what: str) -> bool:
         """As in `Curator`."""

@@ -75,6 +75,7 @@ class FederatedRanking(Strategy):
         """One message for each user sampled in this round."""
         told = config if self.curator.clip is None else ConfigRecord({**config, "clip": self.curator.clip})
         chosen = self.curator.cohort(server_round)
+        self.curator.foresee(server_round, sum(part.numel() for part in self.weights))
         users = self.roster.present(chosen)
         self.absent, self._cohort = len(chosen) - len(users), frozenset(users.tolist())
         return messages(self.roster, users, self._content(server_round, arrays, told), "train", server_round)

@@ -24,6 +24,7 @@ from common.config import Experiment, experiment_hash
 from common.data.prepare import prepare
 from common.data.sequences import Ints
 from common.errors import UsageError
+from common.memory import keep_freed_memory
 from common.models.weights import initialise, named
 from common.privacy.schema import ExampleLevel, Local, UserLevel
 from server.roster import Roster
@@ -145,6 +146,7 @@ def _apart(experiment: Experiment, engine: str, workers: int) -> Sample:
 
 def _sample(text: str, engine: str, workers: int) -> Sample:
     """A sample of an experiment, given as JSON."""
+    keep_freed_memory()
     experiment = Experiment.model_validate_json(text)
     if engine == "ray":
         users = min(RAY_USERS, experiment.data.users)  # type: ignore[union-attr]

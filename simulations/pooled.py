@@ -16,6 +16,7 @@ from common.config import Experiment
 from common.data.prepare import prepare
 from common.data.sequences import Split
 from common.errors import UsageError
+from common.memory import keep_freed_memory
 from common.metrics import point
 from common.models.shapes import ITEM_TABLE
 from common.models.weights import Weights, body_shapes
@@ -47,6 +48,7 @@ def train(experiment: Experiment, report: Callable[[str], None] = lambda text: N
     """
     if experiment.loss.kind not in centralised.LOSSES:
         raise UsageError(f"loss.kind={experiment.loss.kind}: the loop knows {' and '.join(centralised.LOSSES)}")
+    keep_freed_memory()
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
     federation, evaluation = experiment.federation, experiment.evaluation

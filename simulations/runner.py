@@ -23,6 +23,7 @@ from client.device import Device
 from common.config import Experiment
 from common.data.prepare import bad_rows, prepare
 from common.files import locked, write_json
+from common.memory import keep_freed_memory
 from common.metrics import Estimate, summarise
 from server.journal import read
 from server.rounds import Outcome, serve
@@ -58,6 +59,7 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
     HushrecError
         Where data, checkpoint or disk do not allow it.
     """
+    keep_freed_memory()
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
     with locked(folder):

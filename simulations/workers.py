@@ -27,6 +27,7 @@ from client.rows import Ints
 from common.config import Experiment
 from common.data.sequences import Sequences, Split
 from common.errors import StateError
+from common.memory import keep_freed_memory
 from common.models.weights import Weights, body_size
 
 Floats = NDArray[np.float32]
@@ -51,6 +52,7 @@ class Worker:
     """One process's side: the data opened, ready to train and rank for any weights."""
 
     def __init__(self, experiment: str, folder: str):
+        keep_freed_memory()
         torch.set_num_threads(1)
         self.experiment = Experiment.model_validate_json(experiment)
         self.sequences = Sequences.open(Path(folder))

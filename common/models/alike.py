@@ -126,4 +126,4 @@ class LayerNorm(torch.autograd.Function):
         of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             gradient, x, shape, mean, scale, weight[0], bias[0], wanted
         )
-        return of_x, (x - mean).mul_(scale).mul_(gradient).sum(1), gradient.sum(1)
+        return of_x, torch.addcmul(-mean * scale, x, scale).mul_(gradient).sum(1), gradient.sum(1)

@@ -15,14 +15,15 @@ def norms(*parts: Tensor | Outer) -> Tensor:
 
     Squares are summed in double precision beyond one parameter, so that many small numbers do not spoil it.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    squares, rows = [], []
     for part in parts:
         if isinstance(part, Outer):
-            total = total + part.squares()
+            squares.append(part.squares())
             continue
         along = -2 if part.dim() > 2 and part.mT.is_contiguous() else -1  # as the numbers lie in memory
-        rows = torch.linalg.vector_norm(part, dim=along).double().square()
-        total = total + (rows.flatten(1).sum(1) if rows.dim() > 1 else rows)
+        rows.append(torch.linalg.vector_norm(part, dim=along).view(len(part), -1 if len(part) else 0))
+    squares += [torch.cat(rows, dim=1).double().square().sum(1)] if rows else []
+    total = torch.stack(squares).sum(0)
     return total.sqrt()
 
 
@@ -63,14 +64,8 @@ def add_noise(total: Weights, std: float, source: NoiseSource, purpose: str, *ke
         Where from; each key is used once.
     """
     sizes = [part.numel() for part in total]
-    drawn = source.normal(sum(sizes), purpose, *keys) * std
-    pieces = np.split(drawn, np.cumsum(sizes)[:-1])
-    return Weights(
-        *(
-            (part.double() + torch.from_numpy(noise).view(part.shape)).float()
-            for part, noise in zip(total, pieces, strict=True)
-        )
-    )
+    drawn = torch.from_numpy(source.normal(sum(sizes), purpose, *keys)).mul_(std).split(sizes)
+    return Weights(*(noise.view(part.shape).add_(part).float() for part, noise in zip(total, drawn, strict=True)))
 
 
 def noised_histogram(

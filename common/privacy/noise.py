@@ -6,6 +6,7 @@ independent Gaussians of half the scale, which makes the search for such holes i
 """
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Protocol
 
@@ -77,6 +78,33 @@ class Secure:
     def choices(self, purpose: str, *keys: int) -> np.random.Generator:
         """As in `NoiseSource`."""
         return np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(16), "little")))
+
+
+class Ahead:
+    """Another source, of which the next large draw is made in a thread while this process waits for others.
+
+    Parameters
+    ----------
+    source : NoiseSource
+        Where all of it is from.
+    """
+
+    def __init__(self, source: NoiseSource):
+        self._source, self.reproducible = source, source.reproducible
+        self.many, self.choices = source.many, source.choices
+        self._thread = ThreadPoolExecutor(1, "noise")
+        self._drawn: tuple[tuple[int | str, ...], Future[Floats]] | None = None
+
+    def foresee(self, n: int, purpose: str, *keys: int) -> None:
+        """Begin a draw; what was foreseen before and not asked for is forgotten."""
+        self._drawn = (n, purpose, *keys), self._thread.submit(self._source.normal, n, purpose, *keys)
+
+    def normal(self, n: int, purpose: str, *keys: int) -> Floats:
+        """As in `NoiseSource`; what was foreseen is handed out once."""
+        drawn, self._drawn = self._drawn, None
+        return (
+            drawn[1].result() if drawn and drawn[0] == (n, purpose, *keys) else self._source.normal(n, purpose, *keys)
+        )
 
 
 def noise_source(rng: str, seed: int) -> NoiseSource:

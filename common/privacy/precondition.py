@@ -5,6 +5,8 @@ user adds as before; whoever steps along the release only processes it further. 
 does it (Li et al., ICML 2022, AdaDPS), except that here the side information is what has been released already.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,8 @@ from common.privacy.schema import Precondition
 
 
 def preconditioned(
-    settings: Precondition, released: Tensor, table: Tensor, parts: list[Tensor | Outer]
-) -> tuple[Tensor, list[Tensor | Outer]]:
+    settings: Precondition, released: Tensor, tables: Sequence[Tensor], parts: list[Tensor | Outer]
+) -> tuple[Sequence[Tensor], list[Tensor | Outer]]:
     """Updates of C users, mapped.
 
     Parameters
@@ -23,14 +25,17 @@ def preconditioned(
         How much.
     released : Tensor
         The global item table that the users were sent, ``(I, D)``.
-    table : Tensor
-        ``(C, R, D)``.
+    tables : sequence of Tensor
+        Of item rows, ``(C, …, D)`` each.
     parts : list of Tensor
         The body's parameters, ``(C, …)`` each.
     """
     if settings.body != 1:
         parts = [part * settings.body for part in parts]
-    return (table if settings.whiten is None else table @ whitening(released, settings.whiten)), parts
+    if settings.whiten is None:
+        return tables, parts
+    evened = whitening(released, settings.whiten)
+    return [table @ evened for table in tables], parts
 
 
 def whitening(table: Tensor, weight: float) -> Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from client import training
+from client import gradients, training
 from client.cohort import train
 from common.wire import LARGEST
 from tests.support import records, world
@@ -174,7 +174,8 @@ def plant(monkeypatch, change, users=(BROKEN,)):
         losses = loss(experiment, table, parameters, problem, step, round_)
         return change(losses, torch.from_numpy(np.isin(problem.windows.users, users)))
 
-    monkeypatch.setattr(training, "step_loss", changed)
+    for module in (training, gradients):
+        monkeypatch.setattr(module, "step_loss", changed)
 
 
 @pytest.mark.parametrize("trouble", TROUBLE)

@@ -170,9 +170,10 @@ def test_one_user_whose_numbers_break_does_not_change_the_others(loss, monkeypat
     real = training.own_gradients
 
     def wrong(*given):
-        table, parts, losses = real(*given)
-        table[given[3].windows.users == 3] = torch.nan
-        return table, parts, losses
+        tables, parts, losses = real(*given)
+        for table in tables:
+            table[given[3].windows.users == 3] = torch.nan
+        return tables, parts, losses
 
     monkeypatch.setattr(training, "own_gradients", wrong)
     found = alone.updates(experiment, HISTORIES)

@@ -331,7 +331,7 @@ def test_secure_is_what_an_experiment_gets_unless_it_says_otherwise():
     federation = {"sampling": "poisson", "weighting": "uniform"}
     experiment = world.experiment(privacy=sections, federation=federation)
     assert not noise_source(experiment.privacy.rng, 0).reproducible
-    assert isinstance(private.curator(experiment)._noise, Secure)
+    assert isinstance(private.curator(experiment)._noise._source, Secure)
     assert noise_source("reproducible", 0).reproducible
 
 

@@ -68,10 +68,10 @@ def test_a_table_of_few_directions_gives_a_map_all_the_same(table):
 
 def test_the_body_is_scaled_and_the_table_may_be_left():
     table, parts = torch.randn(2, 3, 6), [torch.randn(2, 5), torch.randn(2, 4, 3)]
-    same, scaled = preconditioned(Precondition(whiten=None, body=0.5), loud(), table, parts)
+    (same,), scaled = preconditioned(Precondition(whiten=None, body=0.5), loud(), [table], parts)
     assert torch.equal(same, table)
     assert all(torch.equal(a, b * 0.5) for a, b in zip(scaled, parts, strict=True))
-    mapped, whole = preconditioned(Precondition(), loud(), table, parts)
+    (mapped,), whole = preconditioned(Precondition(), loud(), [table], parts)
     assert torch.allclose(mapped, table @ whitening(loud(), 1.0))
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from client import examples, opacus_training
 from client.gradcheck import naive, self_test, stacked, stacked_is_right
+from client.gradients import Tables
 from client.opacus_module import TiedSASRec
 from client.opacus_training import hooked, opacus_is_right
 from common.errors import StateError
@@ -150,8 +151,9 @@ def test_a_fault_of_the_vectorised_engine_is_refused(fault, loss, monkeypatch):
     real = examples.own_gradients
 
     def wrong(*given):
-        table, parts, losses = real(*given)
-        return *fault(table, parts), losses
+        tables, parts, losses = real(*given)
+        table, parts = fault(torch.cat(tables, dim=1), parts)
+        return Tables.split(table, tables.shared.shape[1]), parts, losses
 
     alone.updates(setup(loss), HISTORIES)
     stacked_is_right.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import Array, Error, Message
 
-from client import evaluation, step, training
+from client import evaluation, gradients, step, training
 from common.config import Experiment
 from common.errors import UsageError
 from common.loading import parse
@@ -214,7 +214,8 @@ def half_sent(monkeypatch):
 def half_learnt(monkeypatch):
     """Clients halve the gradient, alone and together."""
     whole = training.step_loss
-    monkeypatch.setattr(training, "step_loss", lambda *arguments: whole(*arguments) / 2)
+    for module in (training, gradients):
+        monkeypatch.setattr(module, "step_loss", lambda *arguments: whole(*arguments) / 2)
 
 
 def mistimed(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from client import batches, training
+from client import batches, gradients, training
 from client.cohort import train
 from client.device import Device
 from client.evaluation import rank
@@ -242,7 +242,8 @@ def test_a_user_in_trouble_is_refused_and_the_others_count(monkeypatch):
         factor = np.where(problem.windows.users == 5, np.nan, 1).astype(np.float32)
         return loss(experiment, table, parameters, problem, step, round_) * torch.from_numpy(factor)
 
-    monkeypatch.setattr(training, "step_loss", broken)
+    for module in (training, gradients):
+        monkeypatch.setattr(module, "step_loss", broken)
     pool = Inline(here.device)
     messages = world.ask("train", here.experiment, here.weights, USERS.tolist())
     far, near = (
