@@ -1,11 +1,14 @@
 """The Flower ClientApp: one node, whose user's events, or whose users' events, stay here."""
 
+import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 
 from client import shard
 from client.accounts import accounts_of, kept_by, store
@@ -13,8 +16,22 @@ from client.device import Device, user_of, users_of
 from client.handlers import handle_evaluate, handle_query, handle_train, introduction
 from common.errors import UsageError
 from common.privacy.schema import ExampleLevel, on_device
+from common.wire import REFUSED
 
-app = ClientApp()
+
+def discreet(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """A mod: what goes wrong here is told in the log of this node; the server hears no path of it."""
+    try:
+        return call_next(message, context)
+    except Exception as fault:
+        logging.getLogger(__name__).exception("a message of the server cannot be answered")
+        reason = f"{type(fault).__name__}: {_PATH.sub('…', str(fault))}"
+        return Message(Error(code=REFUSED, reason=reason), reply_to=message)
+
+
+app = ClientApp(mods=[discreet])
+_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:\\|~?/)[^\s:;,'\"]*")
+"""A path as it begins at a root; how devices name their folders is nobody's business."""
 
 
 @app.query()

@@ -248,6 +248,8 @@ class RuntimeConfig(Section):
     """Bound on the scores held at once while ranking."""
     checkpoint_every: Positive = 10
     """Rounds between checkpoints."""
+    checkpoints: Positive = 2
+    """Checkpoints kept; an older one serves where the newest is damaged."""
 
     @model_validator(mode="after")
     def _heard(self) -> "RuntimeConfig":

@@ -6,8 +6,11 @@ the seed and the round, so no generator's state is stored.
 
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,7 @@ class State:
 
 
 def save(path: Path, state: State, experiment: Experiment) -> None:
-    """Write a checkpoint atomically.
+    """Write a checkpoint atomically; of those before it, `runtime.checkpoints` − 1 stay under numbered names.
 
     Raises
     ------
@@ -69,7 +72,41 @@ def save(path: Path, state: State, experiment: Experiment) -> None:
         "stale": state.stale,
         "clip": state.clip,
     }
+    with explained(path):
+        for newer, older in reversed([*pairwise(versions(path, experiment.runtime.checkpoints))]):
+            _keep(newer, older)
     _write(path, tensors, facts)
+
+
+def versions(path: Path, count: int) -> list[Path]:
+    """Where a checkpoint and those before it lie, the newest first."""
+    return [path, *(path.with_suffix(f".{age}{path.suffix}") for age in range(1, count))]
+
+
+def load_newest(path: Path, experiment: Experiment) -> State:
+    """Read the newest checkpoint that is whole; errors as in `load`, of the newest, where none is."""
+    faults = []
+    for version in versions(path, experiment.runtime.checkpoints):
+        if version.exists() or version == path:
+            try:
+                state = load(version, experiment)
+            except StateError as fault:
+                faults.append(fault)
+                continue
+            if faults:
+                logging.getLogger(__name__).warning("%s; going on from %s", faults[0], version.name)
+            return state
+    raise faults[0]
+
+
+def _keep(newer: Path, older: Path) -> None:
+    """Let an older name stand for what a newer one stands for, at once; the newer stays."""
+    if newer.exists() and not (older.exists() and older.samefile(newer)):
+        with atomic(older) as temporary:
+            try:
+                temporary.hardlink_to(newer)
+            except OSError:  # not on every file system
+                shutil.copyfile(newer, temporary)
 
 
 def load(path: Path, experiment: Experiment) -> State:

@@ -4,14 +4,15 @@ Flower's own `Strategy.start` always begins at round 1 and can do none of these;
 """
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -160,7 +161,7 @@ def _concluded(grid: Grid, strategy: FederatedRanking, state: State, folder: Pat
             f"the model of round {best_round} is kept" + (f" in {folder}" if folder else "")
         )
     gather(grid, judge)
-    test = _rank(grid, judge, best_round, "test")
+    test, _ = _rank(grid, judge, best_round, "test")
     if judge.rejections and not np.isfinite(test[0]).any():
         raise StateError(f"nobody could rank the test item: {', '.join(judge.rejections)}")
     figures = judge.quality(test, best_round)
@@ -175,9 +176,9 @@ def _tell_card(folder: Path | None, facts: dict[str, Any]) -> None:
 
 
 def _start(experiment: Experiment, roster: Roster, folder: Path | None, resume: bool) -> State:
-    if not (resume and folder and (folder / CHECKPOINT_FILE).exists()):
+    if not (resume and folder and any(p.exists() for p in checkpoint.versions(folder / CHECKPOINT_FILE, 2))):
         return State(initialise(experiment.model, roster.items, experiment.seed))
-    state = checkpoint.load(folder / CHECKPOINT_FILE, experiment)
+    state = checkpoint.load_newest(folder / CHECKPOINT_FILE, experiment)
     if len(state.weights.table) != roster.items:
         raise StateError(f"{folder}: the checkpoint knows {len(state.weights.table)} items, the data {roster.items}")
     return state
@@ -244,23 +245,30 @@ def train_round(grid: Grid, strategy: FederatedRanking, round_: int) -> dict[str
     gone = len(messages) - len({reply.metadata.reply_to_message_id for reply in replies})
     void = gone > (1 - terms.quorum) * len(messages) + 1e-9 and not strategy.curator.noised
     metrics = {"void": 1} if void else strategy.aggregate_train(round_, replies)[1]
-    facts = {"round": round_, "kind": "void" if void else "train", **(metrics or {})} | (
+    facts: dict[str, Any] = {"round": round_, "kind": "void" if void else "train", **(metrics or {})} | (
         {"lost": gone} if gone and strategy.curator.tells_all else {}
     )
+    if strategy.roster.refused and strategy.curator.tells_all:
+        facts |= {"refused_nodes": dict(Counter(strategy.roster.refused.values()))}
     return facts | _told(strategy, {"seconds": time.perf_counter() - began, "phases": timing.drain()})
 
 
 def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str, Any]:
+    """A validation; one that too few nodes answered chooses nothing, and does not count as one without progress."""
     began = time.perf_counter()
-    ranks = _rank(grid, strategy, state.round, "validation")
+    ranks, lost = _rank(grid, strategy, state.round, "validation")
     figures = strategy.quality(ranks, state.round)
-    if figures[SELECT] > state.best_value:
+    if lost > 1 - strategy.experiment.federation.replies.quorum + 1e-9 and not strategy.curator.noised:
+        pass
+    elif figures[SELECT] > state.best_value:
         state.best = Weights(*(part.clone() for part in state.weights))
         state.best_round, state.best_value, state.stale = state.round, figures[SELECT], 0
     else:
         state.stale += 1
     users = int(np.isfinite(ranks[0]).sum()) if strategy.curator.tells_all else strategy.asked
     facts = {"round": state.round, "kind": "validation", **figures, "users": users}
+    if lost and strategy.curator.tells_all:
+        facts["lost_share"] = lost
     return facts | _told(strategy, {"seconds": time.perf_counter() - began})
 
 
@@ -271,8 +279,20 @@ def _told(strategy: FederatedRanking, timed: dict[str, Any]) -> dict[str, Any]:
     return timed | ({"reasons": strategy.rejections} if strategy.rejections else {})
 
 
-def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[Ranks, Ranks]:
+def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[tuple[Ranks, Ranks], float]:
+    """Full and sampled ranks, and the share of the nodes asked that did not answer in time."""
     messages = iter(strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), grid))
     slices = iter(lambda: list(islice(messages, RANKING_SLICE)), [])
     deadline = strategy.experiment.federation.replies.deadline
-    return strategy.ranks(reply for part in slices for reply in answered(exchange(grid, part, deadline)))
+    sent, came = 0, 0
+
+    def replies() -> Iterator[Message]:
+        nonlocal sent, came
+        for part in slices:
+            found = answered(exchange(grid, part, deadline))
+            sent += len(part)
+            came += len({reply.metadata.reply_to_message_id for reply in found})
+            yield from found
+
+    ranks = strategy.ranks(replies())
+    return ranks, 1 - came / sent if sent else 0.0

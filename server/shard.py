@@ -17,6 +17,7 @@ from server.aggregation import (
     Facts,
     Rejected,
     Reply,
+    bounded,
     check,
     check_numbers,
     checked,
@@ -166,7 +167,10 @@ def admit(
         try:
             if round_ is not None and not message.has_error() and message.metadata.group_id != str(round_):
                 raise Rejected("of another round")
-            if terms.roster.shared(message.metadata.src_node_id):
+            shared, node = terms.roster.shared(message.metadata.src_node_id), message.metadata.src_node_id
+            if terms.roster.online is not None and not message.has_error():
+                bounded(message, terms.weights, len(terms.roster.answers[node].users) if shared else 1)
+            if shared:
                 found, left_out = take_apart(message, terms)
             else:
                 found, left_out = [check(message, terms.weights, terms.roster, terms.silent)], Counter()

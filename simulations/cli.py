@@ -7,7 +7,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from click.exceptions import ClickException, NoArgsIsHelpError
@@ -54,6 +54,10 @@ def run(
     as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also say where a round's time went.")] = False,
+    engine: Annotated[
+        Literal["vectorized", "sequential", "ray", "deployment"] | None,
+        typer.Option(help="Instead of runtime.engine; `deployment` is what --superlink implies."),
+    ] = None,
     superlink: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Run on the nodes of this SuperLink (see [cyan]hushrec deploy[/])."),
@@ -72,6 +76,12 @@ def run(
         raise UsageError("name an experiment's YAML file, or --resume DIR; one of the two")
     if resume and out:
         raise UsageError("--out: a resumed run stays in its own directory; leave it away")
+    if (engine == "deployment") > (superlink is not None):
+        raise UsageError("--engine deployment: say where, --superlink HOST:PORT, and with which --ca")
+    if superlink and engine not in {None, "deployment"}:
+        raise UsageError(f"--engine {engine} runs here, --superlink elsewhere; leave one of them away")
+    if engine and engine != "deployment":
+        overrides = [*(overrides or []), f"runtime.engine={engine}"]
     from simulations import rundir
 
     experiment = read_experiment(config, overrides) if config else rundir.reopen(resume or Path(), overrides or [])

@@ -116,7 +116,7 @@ def _source(name: str) -> Source:
 
 
 def _fetch(url: str, archive: Path) -> None:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, archive.open("wb") as file:
+    with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, archive.open("wb") as file:  # noqa: S310 - addresses of our own list
         shutil.copyfileobj(answer, file)
 
 

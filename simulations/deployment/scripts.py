@@ -157,7 +157,7 @@ def compose(nodes: Sequence[str], image: str, owner: tuple[int, int]) -> str:
             "restart": "unless-stopped",
             "init": True,
             "read_only": True,
-            "tmpfs": ["/tmp"],
+            "tmpfs": ["/tmp"],  # noqa: S108 - inside the container
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges:true"],
             "volumes": [f"./{folder}{mount.partition(':')[0]}:/deployment/{folder}{mount}" for mount in mounts],

@@ -1,5 +1,6 @@
 """Messages in, replies out: who is refused and why, order, and that the ClientApp does the same one by one."""
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from client.evaluation import rank
 from client.handlers import HANDLERS, handle_evaluate, handle_query, handle_train
 from client.training import Updates
 from common.data.prepare import prepare
-from common.errors import UsageError
+from common.errors import DataError
 from common.models.weights import Weights
 from common.wire import METRICS, REFUSED, ROUND, UPDATE, pending_of
 from tests.support import records, world
@@ -251,8 +252,26 @@ def test_one_by_one_through_the_app_is_all_at_once(here, kind, monkeypatch):
 
 
 def test_a_node_that_was_not_told_its_user_says_so(here):
-    with pytest.raises(UsageError, match="'partition-id'"):
-        app(ask(here, "train", [1])[0], context(here))
+    reply = app(ask(here, "train", [1])[0], context(here))
+    assert "'partition-id'" in reply.error.reason
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (DataError("/home/ann/secret/items.npy: truncated"), "DataError: …: truncated"),
+        (OSError(2, "No such file", "/data/users/ann"), "FileNotFoundError: [Errno 2] No such file: '…'"),
+        (ValueError("~/ann and C:\\ann\\x, 3/4 of it"), "ValueError: … and …, 3/4 of it"),
+    ],
+)
+def test_a_node_in_trouble_names_none_of_its_folders(here, fault, said, monkeypatch, caplog):
+    def breaks(*given):
+        raise fault
+
+    monkeypatch.setattr(sys.modules["client.app"], "handle_train", breaks)
+    reply = app(ask(here, "train", [1])[0], context(here, **{PARTITION: 1}))
+    assert reply.error.reason == said
+    assert "ann" in caplog.text
 
 
 def test_the_user_of_a_node(here):

@@ -145,7 +145,7 @@ def test_a_whole_table_that_waits_has_no_rows():
     assert pending_of(record)[1] == 1
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda record: pickle.loads(pickle.dumps(record))])  # noqa: S301
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda record: pickle.loads(pickle.dumps(record))])
 def test_a_copy_waits_no_more_and_holds_the_same(copied):
     record = pending_update(Waiting(), 1, (3,), 2)
     twin = copied(record)
@@ -191,7 +191,7 @@ def through_protobuf(sent):
 
 
 def through_pickle(sent):  # how Ray moves messages between its processes
-    return pickle.loads(pickle.dumps(sent))  # noqa: S301
+    return pickle.loads(pickle.dumps(sent))
 
 
 @pytest.mark.parametrize("travel", [through_objects, through_protobuf, through_pickle, copy.deepcopy])

@@ -180,11 +180,11 @@ def test_data_that_changed_since(fresh):
 
 
 def damaged(name: str, content: str | None):
-    """Give a file of the run that content; with None, half of its own."""
+    """Give a file of the run, and copies of it, that content; with None, half of its own."""
 
     def spoil(run: Path) -> None:
-        path = run / name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content.encode())
+        for path in run.glob(name.replace(".", "*.", 1)):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content.encode())
 
     return spoil
 

@@ -11,7 +11,7 @@ from common.errors import StateError
 from common.models.shapes import parameter_shapes
 from common.models.weights import Weights
 from server import checkpoint
-from server.checkpoint import State, load, load_model, save, save_model
+from server.checkpoint import State, load, load_model, load_newest, save, save_model
 from tests.support import world
 
 ITEMS = 7
@@ -213,7 +213,59 @@ def test_a_failed_write_leaves_the_file_before(path, monkeypatch, fault):
         assert str(path) in str(caught.value)
         assert "free some space" in str(caught.value)
     assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == dict.fromkeys(
+        [path.name, "checkpoint.1.safetensors"], before
+    )
+
+
+# --- the ones before --------------------------------------------------------------------------------------------------
+
+
+def kept(path):
+    return {file.name: load(file, EXPERIMENT).round for file in path.parent.iterdir()}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_ones_are_kept(path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr("pathlib.Path.hardlink_to", lambda *given: (_ for _ in ()).throw(OSError(95, "no links")))
+    three = world.experiment(runtime={"checkpoints": 3})
+    for round_ in range(1, 6):
+        save(path, state(round=round_), three)
+    assert kept(path) == {"checkpoint.safetensors": 5, "checkpoint.1.safetensors": 4, "checkpoint.2.safetensors": 3}
+
+
+def test_one_is_enough_for_who_says_so(path):
+    one = world.experiment(runtime={"checkpoints": 1})
+    for round_ in (1, 2):
+        save(path, state(round=round_), one)
+    assert kept(path) == {"checkpoint.safetensors": 2}
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"x"), lambda path: path.unlink()])
+def test_an_older_one_serves_where_the_newest_is_damaged(path, damage, caplog):
+    for round_ in (1, 2):
+        save(path, state(round=round_), EXPERIMENT)
+    assert load_newest(path, EXPERIMENT).round == 2
+    damage(path)
+    assert load_newest(path, EXPERIMENT).round == 1
+    assert "going on from checkpoint.1.safetensors" in caplog.text
+    assert str(path) in caplog.text
+
+
+def test_without_any_whole_one_the_newest_ones_fault_is_told(path):
+    save(path, state(), EXPERIMENT)
+    save(path, state(), EXPERIMENT)
+    for file in path.parent.iterdir():
+        file.write_bytes(b"x")
+    one_line(path, load_newest, EXPERIMENT, match="truncated")
+
+
+def test_a_crash_between_the_copy_and_the_new_file_leaves_both_names(path):
+    save(path, state(round=1), EXPERIMENT)
+    checkpoint._keep(path, checkpoint.versions(path, 2)[1])
+    save(path, state(round=2), EXPERIMENT)
+    assert kept(path) == {"checkpoint.safetensors": 2, "checkpoint.1.safetensors": 1}
 
 
 def test_no_folder(tmp_path):

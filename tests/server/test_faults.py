@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from client.device import CATALOGUE
 from common.config import experiment_hash
 from common.errors import TooFewNodes
 from server.checkpoint import load
@@ -242,3 +243,33 @@ def test_the_denominator_and_the_noise_do_not_hang_on_who_answers(folder, shards
     for all_, none, *some in zip(whole, noise, *parts, strict=True):
         assert torch.allclose(sum(some) - none, all_, atol=1e-6)
     assert world.gap(whole, parts[0]) > 1e-4
+
+
+# --- a validation -----------------------------------------------------------------------------------------------------
+
+
+def test_a_validation_that_too_few_nodes_answered_chooses_nothing(folder):
+    """The first of two is half lost, and would have been the better one: the model is the last round's."""
+    given = experiment(evaluation={"every": 2, "patience": 1})
+    network, lines = Network(given, folder), []
+    network.trouble = lambda place, message: (
+        "silent" if place and (message.metadata.message_type, message.metadata.group_id) == ("evaluate", "2") else None
+    )
+    outcome = serve(network, given, None, lines.append)
+    first, second = lines_of(lines, "validation")
+    assert first["lost_share"] == pytest.approx(1 - 1 / len(SHARDS))
+    assert "lost_share" not in second
+    assert (outcome.rounds, outcome.best_round) == (4, 4)
+
+
+def test_nodes_that_stay_out_are_named_by_their_reason(folder):
+    given = experiment(quorum=0.5)
+    network, lines = Network(given, folder), []
+    network.configs[0][CATALOGUE] = "another"
+    network.restart()
+    serve(network, given, None, lines.append)
+    for line in lines_of(lines, "train"):
+        (reason,), counts = line["refused_nodes"], [*line["refused_nodes"].values()]
+        assert "its catalogue is not version another" in reason
+        assert counts == [1]
+        assert str(folder) not in reason

@@ -83,7 +83,7 @@ def plain(message):
 
 TRAVELS = {
     "copied": copy.deepcopy,
-    "pickled": lambda message: pickle.loads(pickle.dumps(message)),  # noqa: S301
+    "pickled": lambda message: pickle.loads(pickle.dumps(message)),
     "sent": travelled,
     "plain": plain,
 }

@@ -211,7 +211,7 @@ def metrics(**changed):
     def change(reply):
         said = dict(reply.content[METRICS])
         for name, new in changed.items():
-            said[name] = new(list(said[name]))
+            said[name] = new(list(said.get(name, [])))
         return with_records(reply, {METRICS: MetricRecord(said)})
 
     return change
@@ -267,6 +267,10 @@ WHOLE = {
     "no round": of_round(""),
     "no table": lambda reply: with_records(reply, {UPDATE: ArrayRecord()}, [UPDATE]),
     "nothing": lambda reply: Message(RecordDict(), reply_to=reply),
+    "a flood of bytes": lambda reply: with_records(reply, {"x": ConfigRecord({"x": b"x" * 10**6})}),
+    "a flood of words": told(reasons=["x" * 10**6], times=[1]),
+    "a flood of reasons": told(reasons=["x" * 10] * 10**5, times=[0] * 10**5),
+    "a flood of numbers": metrics(more=lambda column: [0.5] * 10**6),
 }
 IN_PART = {
     "NaN": numbers(table=lambda table: table * np.float32("nan")),
@@ -297,3 +301,10 @@ def test_a_reply_that_makes_no_sense_changes_nothing(folder, shards, name):
     assert world.same(got.outcome.weights, without.outcome.weights)
     assert all(line["rejected"] == 1 and "lost" not in line for line in train_lines(got.lines))
     assert all(line["clients"] <= 4 for line in train_lines(got.lines))
+
+
+def test_a_flood_is_not_even_read(folder):
+    given = experiment(federation={"cohort": 9, "rounds": 2, **SILENT})
+    for name in (name for name in WHOLE if name.startswith("a flood")):
+        lines = train_lines(disturbed(given, folder, WHOLE[name]).lines)
+        assert [line["reasons"] for line in lines] == [{"more bytes than its users could have to say": 1}] * 2

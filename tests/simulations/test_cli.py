@@ -66,6 +66,24 @@ def test_help_names_every_verb_and_the_exit_codes(place):
         assert "Usage: hushrec " + verb in " ".join(said(place, *verb.split(), "--help").split())
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--engine", "deployment"], "--superlink HOST:PORT"),
+        (["--engine", "ray", "--superlink", "localhost:1"], "leave one of them away"),
+    ],
+)
+def test_an_engine_and_a_place_that_do_not_go_together(place, options, why):
+    done = hushrec(place, "run", "tiny.yaml", *options)
+    assert done.code == 2
+    assert why in " ".join(done.err.split())
+
+
+def test_an_engine_is_an_override(place):
+    said(place, "run", "tiny.yaml", "federation.rounds=1", "-q", "--engine", "sequential", "--out", "by-option")
+    assert "engine: sequential" in (place / "by-option" / "config.yaml").read_text()
+
+
 def test_without_a_verb_there_is_help(place):
     done = hushrec(place)
     assert done.code == 2
@@ -146,6 +164,7 @@ def test_a_run_directory_holds_everything(trained):
         "metrics.jsonl",
         "model.safetensors",
         "checkpoint.safetensors",
+        "checkpoint.1.safetensors",
         "result.json",
         "privacy.json",
     }

@@ -44,8 +44,8 @@ class Inline:
     def submit(self, task, *arguments):
         self.tasks.append(task)
         answer = Future()
-        arguments = pickle.loads(pickle.dumps(arguments))  # noqa: S301
-        answer.set_result(pickle.loads(pickle.dumps(getattr(self._worker, task)(self._weights, *arguments))))  # noqa: S301
+        arguments = pickle.loads(pickle.dumps(arguments))
+        answer.set_result(pickle.loads(pickle.dumps(getattr(self._worker, task)(self._weights, *arguments))))
         return answer
 
     def close(self):
