@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from common.config import Experiment, LocalConfig
 from common.data.sequences import Sequences
+from common.models.schema import ModelConfig
 from common.seeding import uniform_integers
 
 Ints = NDArray[np.int64]
@@ -24,6 +25,8 @@ class Windows(NamedTuple):
     """Items in time order, right-padded with 0, ``(C, S, W + 1)``: inputs and, one later, their targets."""
     lengths: Ints
     """Real events in each window, ``(C, S)``; below 2 there is nothing to train in that step."""
+    times: Ints | None = None
+    """When the events happened, ``(C, S, W + 1)``; none where the model does not look at it."""
 
 
 def bucket_widths(longest: int) -> Ints:
@@ -33,6 +36,14 @@ def bucket_widths(longest: int) -> Ints:
     """
     widths = 2 ** np.arange(3, 16)
     return np.append(widths[widths < 0.8 * longest], longest).astype(np.int64)
+
+
+def pair_bytes(model: ModelConfig, width: int) -> int:
+    """Bytes that attention holds of all pairs of positions of one user, for a mechanism that holds any."""
+    if not model.attends or model.attention.kind in {"scaled-dot-product", "dot-product", "local", "linear"}:
+        return 0
+    numbers = model.dim if model.attention.kind == "additive" else 4 * model.heads
+    return 4 * width * width * numbers * model.blocks
 
 
 def pieces(histories: Ints, longest: int) -> Ints:
@@ -116,7 +127,9 @@ def windows(experiment: Experiment, sequences: Sequences, users: Ints, round_: i
         bucket_widths(longest)[np.searchsorted(bucket_widths(longest), np.clip(histories.max() - 1, 1, longest))]
     )
     ends = window_stops(experiment, users, stops, histories, steps, round_)
-    events, lengths = sequences.windows(np.repeat(users, ends.shape[1]), ends.ravel(), width + 1)
+    places, lengths = sequences.places(np.repeat(users, ends.shape[1]), ends.ravel(), width + 1)
+    events = np.where(places < 0, 0, sequences.items[places]).astype(np.int64)
+    times = sequences.times[places].reshape(*ends.shape, width + 1) if experiment.model.timed else None
     lengths = lengths.reshape(ends.shape)
     lengths[np.arange(ends.shape[1])[None, :] >= steps[:, None]] = 0
-    return Windows(users, events.reshape(*ends.shape, width + 1), lengths)
+    return Windows(users, events.reshape(*ends.shape, width + 1), lengths, times)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from client.batches import chunks, windows
+from client.batches import chunks, pair_bytes, windows
 from client.examples import train_examples
 from client.gradcheck import stacked_is_right
 from client.noised import Noised, noised_locally
@@ -64,7 +64,9 @@ def plan(experiment: Experiment, sequences: Sequences, users: Ints, catalogue: i
         rows = catalogue if loss.kind == "softmax" else scored + 2 * width * steps
         body, activations = 12 * model.blocks * model.dim**2, width * model.dim * (12 + 2 * model.ffn) * model.blocks
         sent = 2 * catalogue * model.dim if isinstance(device, Local) else 0
-        return 4 * (3 * rows * model.dim + 3 * body + 2 * activations + 3 * width * scored + sent)
+        heads = 1 if model.head == "dot-product" else 6 * model.heads  # target attention weighs each for itself
+        numbers = 3 * rows * model.dim + 3 * body + 2 * activations + 3 * width * scored * heads + sent
+        return 4 * numbers + 2 * pair_bytes(model, width)
 
     device = on_device(experiment.privacy)
     if isinstance(device, ExampleLevel):

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.batches import bucket_widths
+from client.batches import bucket_widths, pair_bytes
 from client.rows import Ints
-from common.config import Experiment, ModelConfig
+from common.config import Experiment
 from common.data.sequences import Sequences, Split
 from common.metrics import expected_ranks
-from common.models.encoder import encode
+from common.models.encoder import Moments, encode
+from common.models.schema import ModelConfig
+from common.models.scoring import score_last
 from common.models.weights import Weights, named
 from common.seeding import uniform_integers
 
@@ -31,8 +33,10 @@ class Ranking(NamedTuple):
     """Against `evaluation.sampled` negatives and the item itself; NaN where that is off."""
 
 
-def last_hidden(model: ModelConfig, weights: Weights, items: Tensor, lengths: Tensor) -> Tensor:
-    """Hidden state after the last event of each history.
+def final_scores(
+    model: ModelConfig, weights: Weights, items: Tensor, lengths: Tensor, times: Tensor | None = None
+) -> Tensor:
+    """Score of every item after the last event of each history.
 
     Parameters
     ----------
@@ -44,14 +48,18 @@ def last_hidden(model: ModelConfig, weights: Weights, items: Tensor, lengths: Te
         ``(B, L)`` int64, right-padded.
     lengths : Tensor
         ``(B,)`` int64, at least 1.
+    times : Tensor, optional
+        When, ``(B, L)`` int64, where ``model.timed``.
 
     Returns
     -------
     Tensor
-        ``(B, D)``.
+        ``(B, I)``.
     """
-    hidden = encode(model, named(model, weights.body), F.embedding(items, weights.table))  # (B, L, D)
-    return hidden[torch.arange(len(hidden)), lengths - 1]
+    parameters = named(model, weights.body)
+    moments = None if times is None else Moments(times, lengths)
+    hidden = encode(model, parameters, F.embedding(items, weights.table), moments=moments)  # (B, L, D)
+    return score_last(model, parameters, hidden, lengths, weights.table)
 
 
 def scores(
@@ -70,15 +78,19 @@ def scores(
     histories = stops - sequences.starts(users)
     widths = bucket_widths(longest)
     bucket = np.searchsorted(widths, np.clip(histories, 1, longest))
-    size = max(1, experiment.runtime.memory_mb * 2**20 // (16 * catalogue + 64 * longest * experiment.model.dim))
+    per_user = 16 * catalogue + 64 * longest * experiment.model.dim + pair_bytes(experiment.model, longest)
+    if experiment.model.head == "target":  # each item's weights over the history, and what they mix
+        per_user += 4 * catalogue * (2 * experiment.model.heads * longest + experiment.model.dim)
+    size = max(1, experiment.runtime.memory_mb * 2**20 // per_user)
     for index in np.unique(bucket[histories > 0]):
         members = np.flatnonzero((bucket == index) & (histories > 0))
         for start in range(0, len(members), size):
             here = members[start : start + size]
-            items, lengths = sequences.windows(users[here], stops[here], int(widths[index]))
+            places, lengths = sequences.places(users[here], stops[here], int(widths[index]))
+            items = torch.from_numpy(np.where(places < 0, 0, sequences.items[places]).astype(np.int64))
+            times = torch.from_numpy(sequences.times[places]) if experiment.model.timed else None
             with torch.no_grad():
-                hidden = last_hidden(experiment.model, weights, torch.from_numpy(items), torch.from_numpy(lengths))
-                yield here, hidden @ weights.table.T  # (B, I)
+                yield here, final_scores(experiment.model, weights, items, torch.from_numpy(lengths), times)  # (B, I)
 
 
 def mask_seen(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints) -> Tensor:

@@ -79,7 +79,9 @@ def own_gradients(
     own = {n: p.detach().requires_grad_() for n, p in parameters.items() if n not in taps}
     vectors = Vectors(*(part.detach().requires_grad_() if isinstance(part, Tensor) else part for part in read))  # type: ignore[arg-type]
     if isinstance(vectors.scored, Tensor) and vectors.scored.dim() == 2:
-        vectors = vectors._replace(scored=Tap(vectors.scored.detach()))
+        same = vectors.scored.detach()
+        alike = Tap(same) if model.head == "dot-product" else same.expand(c, -1, -1).requires_grad_()
+        vectors = vectors._replace(scored=alike)
     losses = step_loss(experiment, vectors, own | taps, problem, step, round_)
     leaves = [part for part in vectors if isinstance(part, Tensor)]
     gradients = iter(torch.autograd.grad(losses.sum(), [*leaves, *own.values()]))

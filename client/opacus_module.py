@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import ModelConfig
-from common.models.attention import multi_head, recency_bias
+from common.models.attention import Setting, multi_head, recency_bias
 from common.models.losses import Candidates
+from common.models.schema import ModelConfig, ScaledDotProduct
 from common.models.shapes import ITEM_TABLE, parameter_shapes
 from common.models.weights import Weights
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None, first: Tensor | None, second: Tensor | None) -> Tensor:
         """``(B, L, D) → (B, L, D)``; the attention's bias, and dropout masks of both sublayers, or none."""
-        y = self.out(multi_head(self.qkv(self.norm1(x)), self.heads, bias))
+        y = self.out(multi_head(self.qkv(self.norm1(x)), self.heads, Setting(ScaledDotProduct(), {}, bias)))
         x = x + (y if first is None else y * first)
         if not self.feeds:
             return x

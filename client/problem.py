@@ -80,7 +80,7 @@ def pose(
         Positions in the chunk, and items that are not negatives there, ``(K,)`` each; by default each user's training
         items.
     """
-    loss, (users, events, lengths) = experiment.loss, chunk
+    loss, (users, events, lengths, _) = experiment.loss, chunk
     c, s, w = events.shape[0], events.shape[1], events.shape[2] - 1
     if loss.kind == "softmax":
         nothing = torch.zeros(1, 1, 1)

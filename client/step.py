@@ -12,8 +12,9 @@ from client.problem import Problem
 from client.rows import Ints
 from common.config import Experiment
 from common.models.alike import Tap
-from common.models.encoder import dropout_sites, encode, linear
+from common.models.encoder import Moments, dropout_sites, encode
 from common.models.losses import Candidates, build_loss
+from common.models.scoring import score_all, score_each
 from common.seeding import keep_mask, uniform_bits
 
 
@@ -45,18 +46,22 @@ def step_loss(
     round_: int,
 ) -> Tensor:
     """Loss of each user in one local step, ``(C,)``; weights shared or stacked."""
-    model, (users, _, lengths) = experiment.model, problem.windows
+    model, (users, _, lengths, times) = experiment.model, problem.windows
     w = vectors.events.shape[1] - 1
     mask = torch.from_numpy(np.arange(1, w + 1) < lengths[:, step, None])  # (C, W)
     masks = dropout_masks(experiment, users, w, step, round_)
-    hidden = encode(model, parameters, vectors.events[:, :-1], masks)  # (C, W, D)
-    positive = (hidden * vectors.events[:, 1:]).sum(-1)  # (C, W)
+    moments = None
+    if times is not None:
+        moments = Moments(torch.from_numpy(times[:, step, :-1]), torch.from_numpy(np.minimum(lengths[:, step], w)))
+    hidden = encode(model, parameters, vectors.events[:, :-1], masks, moments)  # (C, W, D)
+    positive = score_each(model, parameters, hidden, vectors.events[:, 1:])  # (C, W)
     if vectors.private is not None:
-        negative = (hidden * vectors.private).sum(-1, keepdim=True) + problem.barred[:, step]  # (C, W, 1)
+        other = score_each(model, parameters, hidden, vectors.private)
+        negative = other.unsqueeze(-1) + problem.barred[:, step]  # (C, W, 1)
     elif vectors.scored is None:
         raise ValueError("nothing to score against")
     else:
-        negative = linear(hidden, vectors.scored)  # (C, W, N), or I for the whole catalogue
+        negative = score_all(model, parameters, hidden, vectors.scored)  # (C, W, N), or I for the whole catalogue
         negative = negative if experiment.loss.kind == "softmax" else negative.add_(problem.barred)
     loss = build_loss(experiment.loss, problem.catalogue)
     return loss(Candidates(positive, negative), problem.events[:, step, 1:], mask)

@@ -10,42 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from common.models.schema import ModelConfig
 from common.privacy.schema import ExampleLevel, NoPrivacy, PrivacyConfig, UserLevel, on_device
 from common.robustness import AggregationConfig, MeanAggregation
 from common.sources import DataConfig, Natural, Positive, Rate, Section, Share
 
-# --- model and loss ----------------------------------------------------------------------------------------------
-
-
-class ModelConfig(Section):
-    """SASRec (Kang & McAuley, ICDM 2018), pre-LN, with tied item embeddings."""
-
-    dim: Positive = 64
-    """Width of item embeddings and hidden states."""
-    blocks: Positive = 2
-    """Attention blocks."""
-    heads: Positive = 1
-    """Attention heads; must divide `dim`."""
-    ffn: Natural = 1
-    """Hidden width of the feed-forward layer, as a multiple of `dim`; 0 leaves the layer away."""
-    position: Literal["learned", "recency"] = "learned"
-    """`learned`: a table of positions. `recency`: no parameters; attention falls by `recency` per event that lies
-    between (ALiBi; Press et al., ICLR 2022), so noise has nothing to fall on."""
-    recency: Rate = 0.2
-    """The fall, in logits per event, where `position` is `recency`."""
-    start: Literal["normal", "mean"] = "normal"
-    """`mean`: attention's value and output maps begin at the identity plus the usual small numbers, so that a block
-    begins as the mean of what it attends to; `normal`: at small numbers alone."""
-    dropout: Share = 0.2
-    """Dropout on embeddings and on the output of attention and feed-forward layers."""
-    max_length: Positive = 50
-    """Longest history that the model sees; of a longer one the most recent part."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ModelConfig":
-        if self.dim % self.heads:
-            raise ValueError(f"heads ({self.heads}) must divide dim ({self.dim})")
-        return self
+# --- loss ----------------------------------------------------------------------------------------------
 
 
 class SoftmaxLoss(Section):
@@ -318,6 +288,8 @@ class Experiment(Section):
             raise ValueError(said + "needs federation.weighting=uniform: weighed by events, one user passes the bound")
         if isinstance(device, ExampleLevel) and (federation.local.epochs or federation.local.prox):
             raise ValueError("privacy.kind example-level takes federation.local.steps; epochs and prox are not for it")
+        if isinstance(device, ExampleLevel) and not self.model.plain:
+            raise ValueError("privacy.kind example-level takes the plain model: Opacus has no hooks for other layers")
         if isinstance(device, ExampleLevel) and device.segment > self.model.max_length + 1:
             raise ValueError("privacy.kind example-level has segments longer than what the model sees, max_length + 1")
         if device is not None and self.evaluation.privacy == "noised":

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from common.config import Experiment, ModelConfig
+from common.config import Experiment
 from common.data.sequences import Ints, Sequences
+from common.models.schema import ModelConfig
 from common.seeding import generator, keep_mask, uniform_bits, uniform_integers
 
 LOSSES = ("softmax", "sampled-softmax")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from client.device import Device
-from client.evaluation import Ranks, last_hidden, mask_seen, rank, scores
+from client.evaluation import Ranks, final_scores, mask_seen, rank, scores
 from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
 from common.data.sequences import Ints, Split
@@ -80,8 +80,8 @@ class Trained:
         model = self.device.experiment.model
         window = torch.tensor([history[-model.max_length :]])
         with torch.no_grad():
-            hidden = last_hidden(model, self.weights, window, torch.tensor([window.shape[1]]))
-            scored = (hidden @ self.weights.table.T)[0]
+            times = torch.arange(window.shape[1]).unsqueeze(0) if model.timed else None  # none are known: evenly
+            scored = final_scores(model, self.weights, window, torch.tensor([window.shape[1]]), times)[0]
         scored[torch.tensor(history)] = -torch.inf
         return self._top(scored, k)
 

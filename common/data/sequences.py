@@ -191,8 +191,11 @@ class Sequences:
         lengths : (n,) int64
             Number of events in each window.
         """
+        places, lengths = self.places(users, stops, length)
+        return np.where(places < 0, 0, self.items[places]).astype(np.int64), lengths
+
+    def places(self, users: Ints, stops: Ints, length: int) -> tuple[Ints, Ints]:
+        """As `windows`, with the places of the events in `items`, `times` and all extras, and -1 at padding."""
         lengths = np.minimum(stops - self.starts(users), length)
         steps = np.arange(length, dtype=np.int64)
-        inside = steps < lengths[:, None]  # (n, length)
-        places = np.where(inside, (stops - lengths)[:, None] + steps, 0)
-        return np.where(inside, self.items[places], 0).astype(np.int64), lengths
+        return np.where(steps < lengths[:, None], (stops - lengths)[:, None] + steps, -1), lengths

@@ -1,10 +1,44 @@
-"""Attention over a user's own past."""
+"""Multi-head attention over a user's own past, by the mechanism that a model names."""
 
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from common.models import mixing, sparse
+from common.models.schema import AttentionConfig
+
+
+class Setting(NamedTuple):
+    """What a mechanism has beside queries, keys and values."""
+
+    config: AttentionConfig
+    own: Mapping[str, Any]
+    """Parameters of its own, by name, shared or stacked."""
+    bias: Tensor | None = None
+    """Added to the logits instead of the plain causal mask, ``(L, L)``; causal itself."""
+    buckets: Tensor | None = None
+    """Bucket of each pair's interval, ``(C, L, L)``, for `time-aware`."""
+
+
+Mechanism = Callable[[Tensor, Tensor, Tensor, Setting], Tensor]
+"""From queries, keys and values ``(C, H, L, K)``; causal."""
+
+MECHANISMS: dict[str, Mechanism] = {
+    "scaled-dot-product": lambda q, k, v, s: mixing.scaled_dot_product(q, k, v, s.bias),
+    "dot-product": lambda q, k, v, s: mixing.dot_product(q, k, v, s.bias),
+    "additive": lambda q, k, v, s: mixing.additive(q, k, v, s.own["vector"], s.bias),
+    "time-aware": lambda q, k, v, s: mixing.time_aware(
+        q, k, v, _given(s.buckets), s.own["interval_key"], s.own["interval_value"], s.bias
+    ),
+    "local": lambda q, k, v, s: sparse.local(q, k, v, s.config.window),  # type: ignore[union-attr]
+    "top-k": lambda q, k, v, s: sparse.top_k(q, k, v, s.config.k, s.bias),  # type: ignore[union-attr]
+    "entmax-1.5": lambda q, k, v, s: sparse.entmax(q, k, v, s.bias),
+    "linear": lambda q, k, v, s: mixing.linear_attention(q, k, v),
+}
+"""Mechanism by ``model.attention.kind``."""
 
 
 @lru_cache(maxsize=64)
@@ -14,28 +48,13 @@ def recency_bias(length: int, slope: float) -> Tensor:
     return torch.where(back >= 0, -slope * back.float(), -torch.inf)
 
 
-def scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Causal scaled dot-product attention (Vaswani et al., NeurIPS 2017, equation 1), by torch's fused kernel.
-
-    Histories are padded on the right, so the causal mask alone keeps padding out of every real position, and each
-    position sees at least itself: no row is ever empty, and nothing turns into NaN.
-
-    Parameters
-    ----------
-    query, key, value : Tensor
-        ``(…, H, L, D/H)`` float32.
-    bias : Tensor, optional
-        Added to the logits instead of the plain causal mask, ``(L, L)``; causal itself.
-
-    Returns
-    -------
-    Tensor
-        ``(…, H, L, D/H)``.
-    """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=bias is None)
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``(C, L, D) → (C, H, L, D/H)``, as a view."""
+    parts: Tensor = x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return parts
 
 
-def multi_head(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+def multi_head(qkv: Tensor, heads: int, setting: Setting) -> Tensor:
     """Multi-head self-attention on projected inputs.
 
     Parameters
@@ -44,8 +63,8 @@ def multi_head(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
         Queries, keys and values side by side, ``(C, L, 3D)``.
     heads : int
         H, divides D.
-    bias : Tensor, optional
-        As in `scaled_dot_product`.
+    setting : Setting
+        Which mechanism, and what it needs.
 
     Returns
     -------
@@ -53,7 +72,14 @@ def multi_head(qkv: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
         ``(C, L, D)``, heads side by side, before the output projection.
     """
     c, length, width = qkv.shape
-    split = qkv.view(c, length, 3, heads, width // (3 * heads))  # (C, L, 3, H, D/H)
-    query, key, value = split.permute(2, 0, 3, 1, 4)  # each (C, H, L, D/H)
-    mixed = scaled_dot_product(query, key, value, bias)  # (C, H, L, D/H)
-    return mixed.transpose(1, 2).reshape(c, length, width // 3)
+    split = qkv.view(c, length, 3, heads, width // (3 * heads))  # (C, L, 3, H, K)
+    query, key, value = split.permute(2, 0, 3, 1, 4)  # each (C, H, L, K)
+    mixed = MECHANISMS[setting.config.kind](query, key, value, setting)  # (C, H, L, K)
+    merged: Tensor = mixed.transpose(1, 2).reshape(c, length, width // 3)
+    return merged
+
+
+def _given(buckets: Tensor | None) -> Tensor:
+    if buckets is None:
+        raise ValueError("attention time-aware wants the times of events")
+    return buckets

@@ -1,59 +1,44 @@
-"""SASRec's encoder, written once for a cohort of users."""
+"""The encoder, written once for a cohort of users; by default SASRec's."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import ModelConfig
-from common.models.alike import LayerNorm, Tap
-from common.models.attention import multi_head, recency_bias
+from common.models.attention import Setting, multi_head, recency_bias
+from common.models.fronts import front
+from common.models.linear import layer_norm, linear
+from common.models.mixing import interval_buckets
+from common.models.schema import ModelConfig
 
 
-def linear(x: Tensor, weight: Tensor | Tap, bias: Tensor | None = None) -> Tensor:
-    """Affine map with shared or stacked weights.
+class Moments(NamedTuple):
+    """When events happened."""
 
-    Parameters
-    ----------
-    x : Tensor
-        ``(C, L, in)``.
-    weight, bias : Tensor or Tap
-        Shared ``(out, in)`` and ``(out,)``, or stacked ``(C, out, in)`` and ``(C, out)``; the bias may be left away.
-
-    Returns
-    -------
-    Tensor
-        ``(C, L, out)``.
-    """
-    if isinstance(weight, Tap):
-        return weight.linear(x, bias)
-    if weight.dim() == 2:
-        return F.linear(x, weight, bias)
-    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450); arguments as in `linear`."""
-    if weight.dim() == 1:
-        return F.layer_norm(x, x.shape[-1:], weight, bias)
-    if weight.stride(0) == 0:
-        same: Tensor = LayerNorm.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return same
-    return torch.addcmul(bias.unsqueeze(-2), F.layer_norm(x, x.shape[-1:]), weight.unsqueeze(-2))
+    times: Tensor
+    """Seconds, right-padded, ``(C, L)`` int64."""
+    lengths: Tensor
+    """Real events of each user, ``(C,)`` int64."""
 
 
 def dropout_sites(config: ModelConfig) -> int:
-    """Number of ``(L, D)`` masks that one pass of one user consumes: the embedding, then two per block."""
-    return 1 + 2 * config.blocks
+    """Number of ``(L, D)`` masks that one pass of one user consumes: embedding, two per block, one in front."""
+    return 1 + 2 * config.attends + (config.encoder != "attention")
 
 
-def encode(config: ModelConfig, parameters: Mapping[str, Any], x: Tensor, masks: Tensor | None = None) -> Tensor:
+def encode(
+    config: ModelConfig,
+    parameters: Mapping[str, Any],
+    x: Tensor,
+    masks: Tensor | None = None,
+    moments: Moments | None = None,
+) -> Tensor:
     """Hidden state after each event: what the user may want next (Kang & McAuley, ICDM 2018; pre-LN).
 
     Positions count from the start of the window. Attention weights have no dropout of their own, since the fused
-    kernel could not draw it from our keyed streams; embeddings and the outputs of both sublayers have.
+    kernel could not draw it from our keyed streams; embeddings and the outputs of all sublayers have.
 
     Parameters
     ----------
@@ -66,6 +51,8 @@ def encode(config: ModelConfig, parameters: Mapping[str, Any], x: Tensor, masks:
     masks : Tensor, optional
         Scaled dropout masks ``(C, L, dropout_sites, D)``; none in evaluation. Positions first, so that a longer padding
         draws the same masks.
+    moments : Moments, optional
+        When; looked at where ``config.timed``.
 
     Returns
     -------
@@ -78,15 +65,21 @@ def encode(config: ModelConfig, parameters: Mapping[str, Any], x: Tensor, masks:
 
     length = x.shape[-2]
     bias = None
-    if config.position == "recency":
-        bias, x = recency_bias(length, config.recency), x * config.dim**0.5  # as below, without positions
-    else:
+    if "position" in parameters:
         x = torch.add(parameters["position"][..., :length, :], x, alpha=config.dim**0.5)  # (C, L, D)
+    else:
+        x = x * config.dim**0.5
+        bias = recency_bias(length, config.recency) if config.position == "recency" else None
     x = x if masks is None else x * masks[:, :, 0]
-    for block in range(config.blocks):
-        p = {name: parameters[f"blocks.{block}.{name}"] for name in (_BLOCK if config.ffn else _ATTENTION)}
+    if config.encoder != "attention":
+        p = _of("front", parameters)
+        h = front(config.encoder, config.kernel, p, layer_norm(x, p["norm.weight"], p["norm.bias"]))
+        x = add_dropped(x, h, 2 * config.attends + 1)
+    buckets = _buckets(config, moments) if config.timed else None
+    for block in range(config.attends):
+        p = _of(f"blocks.{block}", parameters)
         h = layer_norm(x, p["norm1.weight"], p["norm1.bias"])
-        h = multi_head(linear(h, p["qkv.weight"]), config.heads, bias)
+        h = multi_head(linear(h, p["qkv.weight"]), config.heads, Setting(config.attention, p, bias, buckets))
         x = add_dropped(x, linear(h, p["out.weight"], p["out.bias"]), 2 * block + 1)
         if not config.ffn:
             continue
@@ -96,5 +89,13 @@ def encode(config: ModelConfig, parameters: Mapping[str, Any], x: Tensor, masks:
     return layer_norm(x, parameters["norm.weight"], parameters["norm.bias"])
 
 
-_ATTENTION = ("qkv.weight", *(f"{layer}.{part}" for layer in ("norm1", "out") for part in ("weight", "bias")))
-_BLOCK = (*_ATTENTION, *(f"{layer}.{part}" for layer in ("norm2", "up", "down") for part in ("weight", "bias")))
+def _of(place: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of one place, by their names in it."""
+    begin = len(place) + 1
+    return {name[begin:]: part for name, part in parameters.items() if name.startswith(f"{place}.")}
+
+
+def _buckets(config: ModelConfig, moments: Moments | None) -> Tensor:
+    if moments is None or config.attention.kind != "time-aware":
+        raise ValueError("attention time-aware wants the times of events")
+    return interval_buckets(*moments, config.attention.buckets, config.attention.scale)

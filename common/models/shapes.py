@@ -1,6 +1,6 @@
 """Names and shapes of the model's parameters, in the order in which they travel; free of torch, so `show` is quick."""
 
-from common.config import ModelConfig
+from common.models.schema import Additive, ModelConfig, TimeAware
 
 ITEM_TABLE = "item"
 """Name of the tied item-embedding table, the one parameter whose size grows with the catalogue."""
@@ -23,13 +23,15 @@ def parameter_shapes(config: ModelConfig, items: int) -> dict[str, tuple[int, ..
     """
     d, hidden = config.dim, config.dim * config.ffn
     shapes: dict[str, tuple[int, ...]] = {ITEM_TABLE: (items, d)}
-    if config.position == "learned":
+    if config.position == "learned" and config.encoder != "gru":
         shapes["position"] = (config.max_length, d)
-    for block in range(config.blocks):
+    shapes |= {f"front.{name}": shape for name, shape in _front(config).items()}
+    for block in range(config.attends):
         attention = {
             "norm1.weight": (d,),
             "norm1.bias": (d,),
             "qkv.weight": (3 * d, d),
+            **_attention(config),
             "out.weight": (d, d),
             "out.bias": (d,),
         }
@@ -43,4 +45,28 @@ def parameter_shapes(config: ModelConfig, items: int) -> dict[str, tuple[int, ..
         }
         for name, shape in (attention | (feed_forward if hidden else {})).items():
             shapes[f"blocks.{block}.{name}"] = shape
-    return shapes | {"norm.weight": (d,), "norm.bias": (d,)}
+    shapes |= {"norm.weight": (d,), "norm.bias": (d,)}
+    if config.head == "target":
+        shapes |= {"target.key.weight": (d, d), "target.value.weight": (d, d)}
+    return shapes
+
+
+def _front(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of what stands before the attention blocks. A recurrent weight is used at each position, hence no `weight`."""
+    d = config.dim
+    norm: dict[str, tuple[int, ...]] = {"norm.weight": (d,), "norm.bias": (d,)}
+    if config.encoder == "cnn-attention":
+        return norm | {"weight": (d, config.kernel * d), "bias": (d,)}
+    if config.encoder in {"gru", "gru-attention"}:
+        return norm | {"weight": (3 * d, d), "bias": (3 * d,), "recurrent": (3 * d, d), "recurrent_bias": (3 * d,)}
+    return {}
+
+
+def _attention(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Parameters of a mechanism's own."""
+    kind, width = config.attention, config.dim // config.heads
+    if isinstance(kind, Additive):
+        return {"vector": (config.heads, width)}
+    if isinstance(kind, TimeAware):
+        return {"interval_key": (kind.buckets, width), "interval_value": (kind.buckets, width)}
+    return {}

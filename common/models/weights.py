@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.config import ModelConfig
+from common.models.schema import ModelConfig
 from common.models.shapes import ITEM_TABLE, parameter_shapes
 from common.seeding import generator
 
@@ -60,7 +60,9 @@ def named(config: ModelConfig, body: Tensor) -> dict[str, Tensor]:
 
 
 def initialise(config: ModelConfig, items: int, seed: int) -> Weights:
-    """Fresh weights: normal with standard deviation .02, norms at one and biases at zero.
+    """Fresh weights: normal numbers, norms at one, biases at zero, target attention at the identity.
+
+    Their standard deviation is .02, in recurrent layers and convolutions one over the root of their inputs.
 
     Parameters
     ----------
@@ -82,6 +84,10 @@ def initialise(config: ModelConfig, items: int, seed: int) -> Weights:
                 yield torch.zeros(shape)
             elif len(shape) == 1:
                 yield torch.ones(shape)
+            elif name.startswith("front."):
+                yield draw(shape) * (50 / shape[-1] ** 0.5)  # as wide as their inputs are many: gates of .02 are shut
+            elif name.startswith("target."):
+                yield draw(shape) + torch.eye(config.dim)  # an item begins by looking for what is like itself
             elif config.start == "mean" and name.endswith(("qkv.weight", "out.weight")):
                 drawn = draw(shape)
                 drawn[-config.dim :] += torch.eye(config.dim)  # the values of queries, keys and values

@@ -31,7 +31,7 @@ def cut(histories, users=None, round_=1, longest=6, **local):
     users = np.arange(len(histories)) if users is None else np.array(users)
     found = {}
     for bucket in planned(experiment, data, users, round_):
-        for user, events, lengths in zip(*bucket, strict=True):
+        for user, events, lengths in zip(*bucket[:3], strict=True):
             assert int(user) not in found
             found[int(user)] = [row[:n].tolist() for row, n in zip(events, lengths, strict=True) if n]
     return found

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client import evaluation
-from client.evaluation import held_out_ranks, last_hidden, mask_seen, rank, scores, target_ranks
+from client.evaluation import final_scores, held_out_ranks, mask_seen, rank, scores, target_ranks
 from common.models.encoder import encode
 from common.models.weights import Weights, named
 from tests.support import reference, world
@@ -97,8 +97,8 @@ def test_ranks_are_those_of_a_slow_ranking(split, left):
 def test_the_state_after_the_last_event():
     items, lengths = torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1])
     hidden = encode(EXPERIMENT.model, named(EXPERIMENT.model, WEIGHTS.body), WEIGHTS.table[items])
-    expected = torch.stack([hidden[0, 2], hidden[1, 0]])
-    assert torch.equal(last_hidden(EXPERIMENT.model, WEIGHTS, items, lengths), expected)
+    expected = torch.stack([hidden[0, 2], hidden[1, 0]]) @ WEIGHTS.table.T
+    assert torch.equal(final_scores(EXPERIMENT.model, WEIGHTS, items, lengths), expected)
 
 
 @settings(max_examples=20, deadline=None)

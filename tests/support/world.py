@@ -8,10 +8,11 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.device import Device
-from common.config import Experiment, ModelConfig, experiment_hash
+from common.config import Experiment, experiment_hash
 from common.data.catalogue import Catalogue
 from common.data.sequences import Sequences
 from common.data.split import leave_one_out
+from common.models.schema import ModelConfig
 from common.models.weights import Weights, initialise
 from common.seeding import generator
 from common.wire import METRICS, MODEL, ROUND, UPDATE, arrays, pack

@@ -45,7 +45,7 @@ class Vocabulary(Section):
         counts = np.bincount(found["row"].to_numpy(), minlength=len(column.values))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         weights = (1 / np.repeat(counts, counts)).astype(np.float32)
-        return Bags(offsets, found["number"].to_numpy(), weights, size + self.rare)
+        return Bags(offsets, found["number"].to_numpy(writable=True), weights, size + self.rare)
 
 
 def fit_vocabulary(config: CategoricalFeature, column: Column) -> Vocabulary:

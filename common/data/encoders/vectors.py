@@ -68,7 +68,7 @@ def _lists(column: Column) -> tuple[pl.DataFrame, int]:
     """Give the vectors that are there, as columns row: u32 and vector: list, and their width."""
     kind = column.values.dtype
     if kind == pl.Null:
-        return pl.DataFrame({"row": [], "vector": []}), 0
+        return pl.DataFrame(schema={"row": pl.UInt32, "vector": pl.List(pl.Float64)}), 0
     if not (isinstance(kind, pl.List | pl.Array) and kind.inner.is_numeric()):
         raise column.fault(f"is of type {kind}; vectors takes lists of numbers")
     rows = column.values.alias("vector").to_frame().with_row_index("row").drop_nulls()

@@ -121,8 +121,8 @@ class Words(Section):
 def fit_words(config: TextFeature, column: Column) -> Words:
     """Count words and decompose their TF-IDF.
 
-    The decomposition's last bits may differ from machine to machine. Where that matters, one machine fits, and the others
-    get `common.data.features.Features.fitted`.
+    The decomposition's last bits may differ from machine to machine. Where that matters, one machine fits, and all
+    others get its `common.data.features.Features.fitted`.
 
     Raises
     ------

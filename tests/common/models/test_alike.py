@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.models.alike import Outer, Tap
-from common.models.encoder import layer_norm, linear
+from common.models.linear import layer_norm, linear
 from common.privacy.mechanism import norms
 
 

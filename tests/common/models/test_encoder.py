@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.config import ModelConfig
-from common.models.attention import multi_head, scaled_dot_product
-from common.models.encoder import dropout_sites, encode, layer_norm, linear
+from common.models.attention import Setting, multi_head
+from common.models.encoder import dropout_sites, encode
+from common.models.linear import layer_norm, linear
 from common.models.losses import Candidates, softmax
+from common.models.mixing import scaled_dot_product
+from common.models.schema import ModelConfig, ScaledDotProduct
 from common.models.weights import body_size, named
 from tests.support import reference, world
 
@@ -88,7 +90,9 @@ def test_attention_is_torchs_own(heads):
         theirs.in_proj_bias.copy_(draw(24, seed=2))
         future = torch.ones(5, 5, dtype=torch.bool).triu(1)
         expected, _ = theirs(x, x, x, attn_mask=future, need_weights=False)
-        mixed = multi_head(linear(x, theirs.in_proj_weight, theirs.in_proj_bias), heads)
+        mixed = multi_head(
+            linear(x, theirs.in_proj_weight, theirs.in_proj_bias), heads, Setting(ScaledDotProduct(), {})
+        )
         assert torch.allclose(linear(mixed, theirs.out_proj.weight, theirs.out_proj.bias), expected, atol=1e-5)
 
 

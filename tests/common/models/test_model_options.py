@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from common.config import ModelConfig
-from common.models.attention import multi_head, recency_bias
-from common.models.encoder import encode, layer_norm
+from common.models.attention import Setting, multi_head, recency_bias
+from common.models.encoder import encode
+from common.models.linear import layer_norm
+from common.models.schema import ModelConfig, ScaledDotProduct
 from common.models.shapes import parameter_shapes
 from common.models.weights import initialise, named
 
@@ -42,7 +43,7 @@ def test_the_future_does_not_matter(options):
 def test_attention_falls_with_every_event_between():
     slope, value = 0.5, torch.randn(1, 4, D)
     qkv = torch.cat([torch.zeros(1, 4, 2 * D), value], dim=-1)  # nothing but recency decides
-    found = multi_head(qkv, 2, recency_bias(4, slope))[0, 3]
+    found = multi_head(qkv, 2, Setting(ScaledDotProduct(), {}, recency_bias(4, slope)))[0, 3]
     weights = torch.softmax(torch.tensor([-3.0, -2.0, -1.0, 0.0]) * slope, 0)
     assert torch.allclose(found, weights @ value[0], atol=1e-6)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import ModelConfig
+from common.models.schema import ModelConfig
 from common.models.shapes import ITEM_TABLE, parameter_shapes
 from common.models.weights import Weights, body_shapes, body_size, initialise, named
 

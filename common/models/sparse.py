@@ -1,0 +1,128 @@
+"""Ways to mix in which a position takes nothing from most of its past; shapes as in `common.models.mixing`."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from common.models.mixing import logits, scaled_dot_product
+
+
+def local(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Scaled dot-product attention to oneself and the `window` − 1 events before (Beltagy et al., arXiv 2004.05150).
+
+    Positions are folded into blocks of `window`, each of which looks at itself and the block before it; a window as
+    long as the history is `scaled_dot_product`. Costs 2 · L · window · K.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        ``(C, H, L, K)`` float.
+    window : int
+        Events that a position sees, at least 1.
+
+    Returns
+    -------
+    Tensor
+        ``(C, H, L, K)``.
+    """
+    c, heads, length, _ = query.shape
+    if window >= length:
+        return scaled_dot_product(query, key, value)
+    blocks = -(-length // window)
+
+    def fold(x: Tensor) -> Tensor:  # (C, H, L, K) → (C · H, blocks, window, K)
+        return F.pad(x, (0, 0, 0, blocks * window - length)).view(c * heads, blocks, window, -1)
+
+    def paired(x: Tensor) -> Tensor:  # (C · H, blocks, 2 · window, K); zeros are before the first block
+        x = fold(x)
+        return torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1], x], dim=2)
+
+    place = torch.arange(2 * window, device=query.device)
+    ahead = place - place[:window].unsqueeze(-1)  # 1 for the oldest event to be seen, `window` for oneself
+    seen = ((ahead >= 1) & (ahead <= window)).repeat(blocks, 1, 1)  # (blocks, window, 2 · window)
+    seen[0, :, :window] = False
+    mixed = F.scaled_dot_product_attention(fold(query), paired(key), paired(value), attn_mask=seen.unsqueeze(0))
+    return mixed.reshape(c, heads, blocks * window, -1)[:, :, :length]
+
+
+def top_k(query: Tensor, key: Tensor, value: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
+    """Softmax over the k largest of a position's logits (Explicit Sparse Transformer: Zhao et al., arXiv 1912.11637).
+
+    Logits are those of `scaled_dot_product`. All that tie with the k-th stay, so that the order of equals is of no
+    consequence; a position with no more than k events sees all of them. Costs L² · K, and L² weights are held.
+
+    Parameters
+    ----------
+    query, key, value, bias : Tensor
+        As in `common.models.mixing.scaled_dot_product`.
+    k : int
+        At least 1.
+
+    Returns
+    -------
+    Tensor
+        ``(C, H, L, K)``.
+    """
+    scores = logits(query, key, bias)  # (C, H, L, L)
+    least = scores.detach().topk(min(k, scores.shape[-1]), dim=-1).values[..., -1:]  # −inf where the past is shorter
+    return scores.masked_fill(scores < least, -torch.inf).softmax(-1) @ value
+
+
+class _Entmax15(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        # Half of the scores, the largest at 0. The threshold is never below −1, so what is below has no weight, −inf
+        # included: at −2 it spoils no sums and is still far from the threshold, and only as many need to be sorted
+        # as some row has above −1.
+        z = (scores - scores.amax(-1, keepdim=True)).div_(2).clamp_(min=-2)
+        ordered = z.topk(int((z > -1).sum(-1).amax()), dim=-1).values
+        size = torch.arange(1, ordered.shape[-1] + 1, dtype=z.dtype, device=z.device)
+        mean = ordered.cumsum(-1).div_(size)
+        spread = ordered.square().cumsum(-1).addcmul_(mean * size, mean, value=-1)  # squared deviations, summed
+        thresholds = mean - (1 - spread).div_(size).clamp_(min=0).sqrt_()  # if the first 1, 2, … were the support
+        support = (thresholds <= ordered).sum(-1, keepdim=True)
+        weights = (z - thresholds.gather(-1, support - 1)).clamp_(min=0).square_()
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        root = weights.sqrt()
+        of_scores: Tensor = gradient * root
+        return of_scores.addcmul_(root, of_scores.sum(-1, keepdim=True) / root.sum(-1, keepdim=True), value=-1)
+
+
+def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
+    """Weights between softmax and sparsemax, exactly 0 for low scores (Peters et al., ACL 2019).
+
+    1.5-entmax: (score / 2 − τ)₊², with the τ for which they sum to 1. It is found exactly, by sorting, and the Jacobian
+    is the paper's closed form diag(s) − s sᵀ / Σ s, s being the weights' roots. A row of n costs n log n.
+
+    Parameters
+    ----------
+    scores : Tensor
+        Float, any shape; −inf is allowed and gets 0, but some number of each row is finite.
+    dim : int
+        Along which they sum to 1.
+
+    Returns
+    -------
+    Tensor
+        Shaped as the scores.
+    """
+    weights: Tensor = _Entmax15.apply(scores.movedim(dim, -1))  # type: ignore[no-untyped-call]
+    return weights.movedim(-1, dim)
+
+
+def entmax(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention with `entmax15` for the softmax (Peters et al., ACL 2019).
+
+    Arguments and result as in `common.models.mixing.scaled_dot_product`. Costs L² · (K + log L), and L² weights are
+    held.
+    """
+    return entmax15(logits(query, key, bias)) @ value
