@@ -9,12 +9,15 @@ from torch.autograd.function import once_differentiable
 
 from common.models.mixing import logits, scaled_dot_product
 
+BLOCK = 64
+"""Positions of `local` that are mixed together at least; smaller products cost more than what they leave out."""
+
 
 def local(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """Scaled dot-product attention to oneself and the `window` − 1 events before (Beltagy et al., arXiv 2004.05150).
 
-    Positions are folded into blocks of `window`, each of which looks at itself and the block before it; a window as
-    long as the history is `scaled_dot_product`. Costs 2 · L · window · K.
+    Positions are folded into blocks of `BLOCK` or, if it is more, `window`, each of which looks at itself and the block
+    before it; a window as long as the history is `scaled_dot_product`. Costs 2 · L · block · K.
 
     Parameters
     ----------
@@ -31,21 +34,28 @@ def local(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     c, heads, length, _ = query.shape
     if window >= length:
         return scaled_dot_product(query, key, value)
-    blocks = -(-length // window)
+    block = max(window, BLOCK)
+    if length <= block:
+        return scaled_dot_product(query, key, value, torch.where(_near(length, 0, window), 0.0, -torch.inf))
+    blocks = -(-length // block)
 
-    def fold(x: Tensor) -> Tensor:  # (C, H, L, K) → (C · H, blocks, window, K)
-        return F.pad(x, (0, 0, 0, blocks * window - length)).view(c * heads, blocks, window, -1)
+    def fold(x: Tensor) -> Tensor:  # (C, H, L, K) → (C · H, blocks, block, K)
+        return F.pad(x, (0, 0, 0, blocks * block - length)).view(c * heads, blocks, block, -1)
 
-    def paired(x: Tensor) -> Tensor:  # (C · H, blocks, 2 · window, K); zeros are before the first block
+    def paired(x: Tensor) -> Tensor:  # (C · H, blocks, 2 · block, K); zeros are before the first block
         x = fold(x)
         return torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :-1], x], dim=2)
 
-    place = torch.arange(2 * window, device=query.device)
-    ahead = place - place[:window].unsqueeze(-1)  # 1 for the oldest event to be seen, `window` for oneself
-    seen = ((ahead >= 1) & (ahead <= window)).repeat(blocks, 1, 1)  # (blocks, window, 2 · window)
-    seen[0, :, :window] = False
+    seen = _near(block, block, window).repeat(blocks, 1, 1)  # (blocks, block, 2 · block)
+    seen[0, :, :block] = False
     mixed = F.scaled_dot_product_attention(fold(query), paired(key), paired(value), attn_mask=seen.unsqueeze(0))
-    return mixed.reshape(c, heads, blocks * window, -1)[:, :, :length]
+    return mixed.reshape(c, heads, blocks * block, -1)[:, :, :length]
+
+
+def _near(rows: int, before: int, window: int) -> Tensor:
+    """Which of `before` earlier events and its own block's each row sees, ``(rows, before + rows)`` bool."""
+    back = torch.arange(rows).unsqueeze(-1) + before - torch.arange(before + rows)
+    return (back >= 0) & (back < window)
 
 
 def top_k(query: Tensor, key: Tensor, value: Tensor, k: int, bias: Tensor | None = None) -> Tensor:

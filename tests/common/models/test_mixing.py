@@ -248,7 +248,7 @@ class Largest(TorchDispatchMode):
     [
         (lambda q, k, v: additive(q, k, v, draw(1, 8)), 4096),  # a block
         (lambda q, k, v: time_aware(q, k, v, torch.zeros(1, 256, 256).long(), draw(4, 8), draw(4, 8)), 256 * 256),
-        (lambda q, k, v: local(q, k, v, 8), 256 * 16),  # pairs of positions; keys and values are as large
+        (lambda q, k, v: local(q, k, v, 8), 256 * 128),  # pairs of positions, of a block and the one before
         (lambda q, k, v: linear_attention(q, k, v, chunk=8), 33 * 8 * 9),
     ],
     ids=["additive", "time_aware", "local", "linear_attention"],

@@ -2,10 +2,12 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.models import sparse
 from common.models.mixing import scaled_dot_product
 from common.models.sparse import entmax15, local, top_k
 
@@ -32,13 +34,15 @@ def bisected(scores):
     return (halves - low).clamp(min=0).square()
 
 
-@given(window=st.integers(1, 12), length=st.integers(1, 12))
-@settings(max_examples=40, deadline=None)
-def test_local_is_masked_dense_attention(window, length):
+@given(window=st.integers(1, 12), length=st.integers(1, 12), block=st.sampled_from([1, 2, 3, 5, 64]))
+@settings(max_examples=60, deadline=None)
+def test_local_is_masked_dense_attention(window, length, block):
     q, k, v = inputs(2, 2, length, 3)
     back = torch.arange(length).unsqueeze(-1) - torch.arange(length)
     bias = torch.zeros(length, length).masked_fill((back < 0) | (back >= window), -torch.inf)
-    assert torch.allclose(local(q, k, v, window), scaled_dot_product(q, k, v, bias), atol=1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse, "BLOCK", block)
+        assert torch.allclose(local(q, k, v, window), scaled_dot_product(q, k, v, bias), atol=1e-12)
 
 
 def test_top_k():
