@@ -13,6 +13,7 @@ from client.rows import Ints
 from client.training import Updates
 from common.config import Experiment
 from common.data.sequences import Sequences
+from common.models.items import mixture_of
 from common.models.weights import Weights, body_size
 from common.privacy.schema import ExampleLevel, Local, on_device
 
@@ -62,6 +63,8 @@ def plan(experiment: Experiment, sequences: Sequences, users: Ints, catalogue: i
         model, loss = experiment.model, experiment.loss
         scored = catalogue if loss.kind == "softmax" else getattr(loss, "negatives", 1)
         rows = catalogue if loss.kind == "softmax" else scored + 2 * width * steps
+        if model.items != "own":
+            rows = 2 * catalogue  # at the most about as many rows as items, and all of both
         body, activations = 12 * model.blocks * model.dim**2, width * model.dim * (12 + 2 * model.ffn) * model.blocks
         sent = 2 * catalogue * model.dim if isinstance(device, Local) else 0
         heads = 1 if model.head == "dot-product" else 6 * model.heads  # target attention weighs each for itself
@@ -83,13 +86,15 @@ def train_chunk(
     clip: float | None = None,
 ) -> Updates | Noised:
     """Train one chunk of a plan; arguments as in `train`."""
-    catalogue, device = len(weights.table), on_device(experiment.privacy)
+    mixture, device = mixture_of(experiment, sequences.folder, round_), on_device(experiment.privacy)
+    catalogue = len(weights.table) if mixture is None else mixture.items
     if isinstance(device, ExampleLevel):
         stacked_is_right(experiment)
         return train_examples(experiment, weights, sequences, users, round_, clip)
-    problems = pose(experiment, sequences, windows(experiment, sequences, users, round_), round_, catalogue)
+    chunk = windows(experiment, sequences, users, round_)
+    problems = pose(experiment, sequences, chunk, round_, catalogue, mixture=mixture)
     updates = Updates(experiment, weights, problems, round_, device.clipping_norm if device else clip)
-    return noised_locally(experiment, updates, catalogue, round_) if device else updates
+    return noised_locally(experiment, updates, len(weights.table), round_) if device else updates
 
 
 def _by_segments(

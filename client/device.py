@@ -14,6 +14,7 @@ from client.cohort import train
 from client.evaluation import Ranking, rank
 from common.config import Experiment, experiment_hash
 from common.data.catalogue import Catalogue
+from common.data.itemrows import table_rows
 from common.data.prepare import prepare
 from common.data.sequences import Sequences
 from common.errors import DataError, UsageError
@@ -47,6 +48,11 @@ class Device:
     def fingerprint(self) -> str:
         """Hash of the experiment; a message of another experiment is refused."""
         return experiment_hash(self.experiment)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table that the model has here."""
+        return table_rows(self.experiment, self.catalogue.folder)
 
     def damaged(self, users: Sequence[int]) -> set[int]:
         """Which of these users have events on items outside the catalogue; reads only theirs."""

@@ -15,6 +15,7 @@ from common.config import Experiment
 from common.data.sequences import Sequences, Split
 from common.metrics import expected_ranks
 from common.models.encoder import Moments, encode
+from common.models.items import mixture_of
 from common.models.schema import ModelConfig
 from common.models.scoring import score_last
 from common.models.weights import Weights, named
@@ -62,6 +63,12 @@ def final_scores(
     return score_last(model, parameters, hidden, lengths, weights.table)
 
 
+def of_items(experiment: Experiment, weights: Weights, sequences: Sequences) -> Weights:
+    """Weights whose table holds the items' vectors, ``(I, D)``, made of the rows that are trained."""
+    mixture = mixture_of(experiment, sequences.folder)
+    return weights if mixture is None else weights._replace(table=mixture.vectors(weights.table))
+
+
 def scores(
     experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, stops: Ints
 ) -> Iterator[tuple[Ints, Tensor]]:
@@ -74,6 +81,7 @@ def scores(
     tuple
         Positions in `users` ``(B,)`` and scores ``(B, I)`` float32, free to be written to.
     """
+    weights = of_items(experiment, weights, sequences)
     longest, catalogue = experiment.model.max_length, len(weights.table)
     histories = stops - sequences.starts(users)
     widths = bucket_widths(longest)

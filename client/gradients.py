@@ -95,6 +95,8 @@ def own_gradients(
 
 def _of_rows(of_read: Vectors, problem: Problem, step: int) -> Tables:
     """Gradients of item rows from those of the vectors that a step read."""
+    if problem.mixture is not None:
+        return Tables.split(problem.mixture.gradient(_of_items(of_read, problem, step)), problem.mixture.rows)
     n, (c, _, d) = problem.shared, of_read.events.shape
     width = 0 if problem.rows is None else problem.rows.shape[1] - n
     shared = of_read.scored.contiguous() if isinstance(of_read.scored, Tensor) else torch.zeros(c, 0, d)
@@ -118,6 +120,20 @@ def _side_by_side(parts: list[Tensor | Outer]) -> list[Tensor | Outer]:
 
 def _is_vector(part: Tensor | Outer) -> bool:
     return isinstance(part, Tensor) and part.dim() == 2
+
+
+def _of_items(of_read: Vectors, problem: Problem, step: int) -> Tensor:
+    """Gradients of all item vectors, ``(C, I, D)``, where these are no rows themselves."""
+    c, _, d = of_read.events.shape
+    whole, items = torch.zeros(c, problem.catalogue, d), torch.arange(problem.catalogue)
+    if isinstance(of_read.scored, Tensor):
+        whole.index_add_(1, items if problem.scored is None else problem.scored, of_read.scored)
+    owner = torch.arange(c).unsqueeze(-1)
+    for index, gradient in ((problem.events, of_read.events), (problem.private, of_read.private)):
+        if index is not None and gradient is not None:
+            place = (owner * problem.catalogue + index[:, step]).flatten()
+            whole.view(-1, d).index_add_(0, place, gradient.flatten(0, 1))
+    return whole
 
 
 def added(rows: int, place: Tensor, values: Tensor) -> Tensor:

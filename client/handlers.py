@@ -113,6 +113,7 @@ def introduction(message: Message, users: range, device: Device) -> Message:
     sequences = device.sequences
     population = sequences.population or len(sequences)
     facts = {"first": users.start, "users": len(users), "population": population, "items": device.catalogue.items}
+    facts["rows"] = device.rows
     told = ConfigRecord({"catalogue": device.catalogue.version})
     return Message(assembled(NO_RECORDS, {METRICS: assembled(NO_METRICS, facts), ROUND: told}), reply_to=message)
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from client.batches import Windows
 from client.rows import Ints, localise, membership
 from common.config import Experiment, LossConfig
+from common.data.holdout import cold_items
 from common.data.sequences import Sequences
+from common.models.items import Mixture
 from common.seeding import generator, uniform_integers
 
 
@@ -39,19 +41,28 @@ class Problem(NamedTuple):
     catalogue: int
     """Number of items I."""
     barred: Tensor
-    """−inf where a negative is one of the user's training items, else 0: ``(C, 1, N)`` or ``(C, S, W, 1)``."""
+    """−inf where a negative is one of the user's training items, else 0: ``(C, 1, N)`` or ``(C, S, W, 1)``; for
+    `softmax` where an item is cold, ``(1, 1, I)``, if any is."""
+    mixture: Mixture | None = None
+    """What items are made of, where they have no row each; all other indices are those of items then."""
+    scored: Tensor | None = None
+    """Items that every position is scored against, where these are not the table's first rows: ``(N,)``."""
 
     @property
     def shared(self) -> int:
         """So many rows at the table's start are read by all users: the negatives, or the whole catalogue."""
+        if self.mixture is not None:
+            return self.mixture.rows
         return self.catalogue if self.rows is None else self.negatives
 
 
-def shared_negatives(loss: LossConfig, seed: int, round_: int, catalogue: int) -> Ints:
-    """The round's negatives: sorted, distinct, uniform over the catalogue, from the public seed; ``(N,)``."""
+def shared_negatives(loss: LossConfig, seed: int, round_: int, catalogue: int, cold: Ints | None = None) -> Ints:
+    """The round's negatives: sorted, distinct, uniform over all items but cold ones, from the public seed; ``(N,)``."""
     wanted = getattr(loss, "negatives", 0)
     rng = generator(seed, "negatives", round_)
-    return np.sort(rng.choice(catalogue, min(wanted, catalogue), replace=False)).astype(np.int64)
+    warm = catalogue if cold is None or not len(cold) else np.setdiff1d(np.arange(catalogue), cold)
+    many = warm if isinstance(warm, int) else len(warm)
+    return np.sort(rng.choice(warm, min(wanted, many), replace=False)).astype(np.int64)
 
 
 def pose(
@@ -61,6 +72,7 @@ def pose(
     round_: int,
     catalogue: int,
     known: tuple[Ints, Ints] | None = None,
+    mixture: Mixture | None = None,
 ) -> tuple[Problem, Problem]:
     """The shared and the stacked problem of a chunk.
 
@@ -81,10 +93,13 @@ def pose(
         items.
     """
     loss, (users, events, lengths, _) = experiment.loss, chunk
+    cold = cold_items(catalogue, experiment.data.cold, 0)  # in training there are no such items
     c, s, w = events.shape[0], events.shape[1], events.shape[2] - 1
     if loss.kind == "softmax":
-        nothing = torch.zeros(1, 1, 1)
-        whole = Problem(chunk, None, np.full(c, catalogue), torch.from_numpy(events), 0, None, catalogue, nothing)
+        barred = torch.zeros(1, 1, catalogue if len(cold) else 1)
+        barred[..., torch.from_numpy(cold)] = -torch.inf
+        counts = np.full(c, catalogue if mixture is None else mixture.rows)
+        whole = Problem(chunk, None, counts, torch.from_numpy(events), 0, None, catalogue, barred, mixture)
         return whole, whole
     if known is None:
         trained, owner = sequences.events(users, sequences.stops(users, "train")[0])
@@ -95,15 +110,23 @@ def pose(
         negatives = np.zeros(0, dtype=np.int64)
         drawn = uniform_integers(experiment.seed, "private-negatives", round_, users, s * w, catalogue)
         own: NDArray[np.bool_] = membership(owner, trained, drawn, catalogue).reshape(c, s, w, 1)
+        own |= np.isin(drawn, cold).reshape(own.shape)
         items = np.concatenate([events, drawn.reshape(c, s, w)], axis=-1)  # (C, S, 2W + 1)
         real = np.concatenate([real, real[..., 1:]], axis=-1)
     else:
-        negatives = shared_negatives(loss, experiment.seed, round_, catalogue)
+        negatives = shared_negatives(loss, experiment.seed, round_, catalogue, cold)
         tiled = np.broadcast_to(negatives, (c, len(negatives)))
         own = membership(owner, trained, tiled, catalogue).reshape(c, 1, len(negatives))
         items = events
-    touched = localise(items, real, negatives, catalogue)
     n = len(negatives)
+    if mixture is not None:
+        index, counts = torch.from_numpy(items), np.full(c, mixture.rows)
+        private = index[..., w + 1 :] if items.shape[2] > w + 1 else None
+        barred = torch.from_numpy(np.where(own, -np.inf, 0).astype(np.float32))
+        scored = None if loss.kind == "bce" else torch.from_numpy(negatives)
+        whole = Problem(chunk, None, counts, index[..., : w + 1], n, private, catalogue, barred, mixture, scored)
+        return whole, whole
+    touched = localise(items, real, negatives, catalogue)
     used = np.arange(touched.rows.shape[1]) < touched.counts[:, None]  # (C, R)
     others = np.unique(touched.rows[:, n:][used[:, n:]])  # no negatives among them: these have rows of their own
     flat = touched.local.reshape(c, items.shape[1] * items.shape[2])

@@ -31,9 +31,13 @@ class Vectors(NamedTuple):
 
 def read_vectors(table: Tensor, problem: Problem, step: int) -> Vectors:
     """What a step reads from a table, shared ``(R, D)`` or each user's own ``(C, R, D)``."""
+    if problem.mixture is not None:
+        table = problem.mixture.vectors(table)
     events = _gather(table, problem.events[:, step])
     if problem.private is not None:
         return Vectors(events, None, _gather(table, problem.private[:, step]))
+    if problem.scored is not None:
+        return Vectors(events, table[..., problem.scored, :], None)
     return Vectors(events, table if problem.rows is None else table[..., : problem.negatives, :], None)
 
 
@@ -62,7 +66,8 @@ def step_loss(
         raise ValueError("nothing to score against")
     else:
         negative = score_all(model, parameters, hidden, vectors.scored)  # (C, W, N), or I for the whole catalogue
-        negative = negative if experiment.loss.kind == "softmax" else negative.add_(problem.barred)
+        unbarred = problem.barred.numel() == 1  # the whole catalogue
+        negative = negative if unbarred else negative.add_(problem.barred)
     loss = build_loss(experiment.loss, problem.catalogue)
     return loss(Candidates(positive, negative), problem.events[:, step, 1:], mask)
 

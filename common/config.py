@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from common.models.schema import ModelConfig
 from common.privacy.schema import ExampleLevel, NoPrivacy, PrivacyConfig, UserLevel, on_device
 from common.robustness import AggregationConfig, MeanAggregation
-from common.sources import DataConfig, Natural, Positive, Rate, Section, Share
+from common.section import Natural, Positive, Rate, Section, Share
+from common.sources import DataConfig
 
 # --- loss ----------------------------------------------------------------------------------------------
 
@@ -251,6 +252,12 @@ class Experiment(Section):
     """How quality is measured."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Engine, threads, memory."""
+
+    @model_validator(mode="after")
+    def _items_are_known(self) -> "Experiment":
+        if self.model.items != "own" and not self.data.features.columns:
+            raise ValueError(f"model.items {self.model.items} needs data.features.columns: what is known of items")
+        return self
 
     @model_validator(mode="after")
     def _robustness_makes_sense(self) -> "Experiment":

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.sources import Positive, Section
+from common.section import Positive, Section
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")]
 
@@ -89,7 +89,7 @@ FeatureConfig = Annotated[
 
 
 class ItemFeatures(Section):
-    """Which public features items have, and how they become one vector an item."""
+    """Which public features items have."""
 
     source: Annotated[str, Field(min_length=1)] | None = None
     """CSV, TSV or Parquet with a column `item` and others, or JSON of item to list of values (as S3-Rec's
@@ -97,16 +97,10 @@ class ItemFeatures(Section):
     counts. Absolute, or relative to $HUSHREC_DATA, or to the working directory."""
     columns: tuple[FeatureConfig, ...] = ()
     """The features."""
-    id: bool = True
-    """Items also have a vector of their own, besides what follows from their features."""
-    fusion: Literal["sum", "concatenation", "gate"] = "sum"
-    """How an item's vectors, one per feature and maybe its own, become one."""
 
     @model_validator(mode="after")
     def _sound(self) -> "ItemFeatures":
         names = [feature.name for feature in self.columns]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two features are called {twice[0]!r}; give one another name, and its column")
-        if not (self.id or self.columns):
-            raise ValueError("id: false leaves items without any vector; give columns")
         return self

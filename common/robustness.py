@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.sources import Natural, Section
+from common.section import Natural, Section
 
 Malicious = Natural | Annotated[float, Field(gt=0, lt=0.5)]
 """Updates of a round that may be arbitrary: how many, or which share of the cohort."""

@@ -1,20 +1,11 @@
-"""The schema of data sources, and the base of all sections of an experiment; see `common.config`."""
+"""The schema of data sources; see `common.config`."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown key is an error, so a typo never passes for a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+from common.features import ItemFeatures
+from common.section import Natural, Positive, Section, Share
 
 
 class _Prepared(Section):
@@ -33,6 +24,11 @@ class _Prepared(Section):
     """Only for `split: global-time`: quantile of all event times at which validation begins."""
     test_from: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Only for `split: global-time`: quantile of all event times at which test begins."""
+    features: ItemFeatures = ItemFeatures()
+    """What is publicly known of items, for models whose `items` are built from it."""
+    cold: Share = 0.0
+    """Share of the items that are held out of all training: they may only be somebody's last event, to measure how well
+    items are recommended that nobody has touched."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "_Prepared":

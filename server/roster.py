@@ -21,8 +21,8 @@ NOBODY = 30.0
 """Seconds that others are waited for where all nodes that are there refuse."""
 PATIENCE, AGAIN = 60.0, 30.0
 """Seconds until a node is taken for quiet; and until it is asked again, each time twice as many."""
-MOST_USERS = 10_000_000
-"""Largest population that a node may claim."""
+MOST_USERS, MOST_ROWS = 10_000_000, 2**31
+"""Largest population and table that a node may claim."""
 
 
 class Answer(NamedTuple):
@@ -33,11 +33,12 @@ class Answer(NamedTuple):
     population: int
     items: int
     catalogue: str
+    rows: int
 
     @property
-    def world(self) -> tuple[str, int, int]:
+    def world(self) -> tuple[str, int, int, int]:
         """What all nodes of a run must agree on."""
-        return self.catalogue, self.items, self.population
+        return self.catalogue, self.items, self.rows, self.population
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Roster:
     """Nodes that are there at the moment; none where all always are."""
     quiet: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Nodes that did not say anything: when they are asked again, and how long after that once more."""
+    rows: int = 0
+    """Rows of the model's table: as many as items, unless these are built from their features."""
 
     @property
     def population(self) -> int:
@@ -126,7 +129,7 @@ class Roster:
             if not answers:
                 reason = next(iter(refused.values()), "it did not say anything")
                 raise StateError(f"no node could say who lives there: {reason}")
-            return cls(nodes, answers[0].items, answers[0].catalogue)
+            return cls(nodes, answers[0].items, answers[0].catalogue, rows=answers[0].rows)
         roster = cls([], 0, online=frozenset())
         roster.meet(grid, nodes, fingerprint, timeout)
         while roster.share < 1 and time.monotonic() - began < (wait if roster.answers else min(wait, NOBODY)):
@@ -166,7 +169,7 @@ class Roster:
             return
         if not self.answers:  # what most nodes say of all that are there at the start
             world = Counter(answer.world for answer in answers).most_common(1)[0][0]
-            self.catalogue, self.items, population = world
+            self.catalogue, self.items, self.rows, population = world
             self.nodes = [ABSENT] * population
         else:
             world = next(iter(self.answers.values())).world
@@ -208,9 +211,10 @@ def _read(node: int, content: RecordDict) -> Answer:
     if not (first >= 0 and users > 0 and first + users <= population <= MOST_USERS):
         raise ValueError(f"users {first} … {first + users - 1} of {population}")
     items = whole_number(facts, "items")
-    if items < 1:
-        raise ValueError(f"{items} items")
-    return Answer(node, range(first, first + users), population, items, str(told["catalogue"])[:64])
+    rows = whole_number(facts, "rows") if "rows" in facts else items
+    if items < 1 or not 1 <= rows <= MOST_ROWS:
+        raise ValueError(f"{items} items of {rows} rows")
+    return Answer(node, range(first, first + users), population, items, str(told["catalogue"])[:64], rows)
 
 
 def _settled(grid: Grid, wait: float) -> Sequence[int]:

@@ -177,10 +177,10 @@ def _tell_card(folder: Path | None, facts: dict[str, Any]) -> None:
 
 def _start(experiment: Experiment, roster: Roster, folder: Path | None, resume: bool) -> State:
     if not (resume and folder and any(p.exists() for p in checkpoint.versions(folder / CHECKPOINT_FILE, 2))):
-        return State(initialise(experiment.model, roster.items, experiment.seed))
+        return State(initialise(experiment.model, roster.rows, experiment.seed))
     state = checkpoint.load_newest(folder / CHECKPOINT_FILE, experiment)
-    if len(state.weights.table) != roster.items:
-        raise StateError(f"{folder}: the checkpoint knows {len(state.weights.table)} items, the data {roster.items}")
+    if len(state.weights.table) != roster.rows:
+        raise StateError(f"{folder}: the checkpoint knows {len(state.weights.table)} items, the data {roster.rows}")
     return state
 
 

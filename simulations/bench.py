@@ -169,7 +169,7 @@ def _sample(text: str, engine: str, workers: int) -> Sample:
 def _federated(device: Device) -> Sample:
     def rounds(grid: Grid) -> list[dict[str, Any]]:
         roster = Roster.discover(grid, experiment_hash(device.experiment))
-        start = initialise(device.experiment.model, roster.items, device.experiment.seed)
+        start = initialise(device.experiment.model, roster.rows, device.experiment.seed)
         strategy = FederatedRanking(device.experiment, roster, start)
         return list(_timed(lambda number: train_round(grid, strategy, number)))
 

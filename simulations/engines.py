@@ -61,7 +61,7 @@ def _workers(device: Device) -> Iterator[Device]:
 
         pool = RayPool(device.experiment, device.catalogue.folder, runtime.workers, runtime.ray_address)
     else:
-        pool = ProcessPool(device.experiment, device.catalogue.folder, device.catalogue.items, runtime.workers)
+        pool = ProcessPool(device.experiment, device.catalogue.folder, device.rows, runtime.workers)
     try:
         team = Team(pool)
         yield replace(device, trainer=team.train, ranker=team.rank)

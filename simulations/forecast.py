@@ -31,7 +31,9 @@ _MEANINGS = {
 }
 
 
-def forecast(experiment: Experiment, users: int, items: int, mean_length: float) -> dict[str, int | float]:
+def forecast(
+    experiment: Experiment, users: int, items: int, mean_length: float, table_rows: int | None = None
+) -> dict[str, int | float]:
     """Estimate the traffic of an experiment.
 
     Parameters
@@ -62,10 +64,10 @@ def forecast(experiment: Experiment, users: int, items: int, mean_length: float)
     if users < 1 or items < 1:
         raise ValueError(f"a forecast needs users and items, not {users} and {items}")
     federation, evaluation = experiment.federation, experiment.evaluation
-    sizes = {name: prod(shape) for name, shape in parameter_shapes(experiment.model, items).items()}
+    sizes = {name: prod(shape) for name, shape in parameter_shapes(experiment.model, table_rows or items).items()}
     cohort = federation.mean_cohort(users)
     down = sum(sizes.values()) * _FLOAT
-    rows = expected_rows(experiment, items, mean_length)
+    rows = expected_rows(experiment, table_rows or items, mean_length)
     ids = 0 if _whole(experiment) else _ID  # all rows, in order, need no ids
     up = (sum(sizes.values()) - sizes[ITEM_TABLE]) * _FLOAT + round(rows * (experiment.model.dim * _FLOAT + ids))
     validations = -(-federation.rounds // evaluation.every)  # the last round is validated, too
@@ -97,6 +99,8 @@ def expected_rows(experiment: Experiment, items: int, mean_length: float) -> flo
         Size of the catalogue.
     mean_length : float
         Mean number of events of a user, held-out ones included.
+    table_rows : int, optional
+        Rows of the model's table, where there are not as many as items.
 
     Returns
     -------
@@ -121,8 +125,9 @@ def expected_rows(experiment: Experiment, items: int, mean_length: float) -> flo
 
 
 def _whole(experiment: Experiment) -> bool:
-    """Whether every item row travels: all are trained, or all are noised."""
-    return isinstance(experiment.loss, SoftmaxLoss) or on_device(experiment.privacy) is not None
+    """Whether every row of the table travels: all are trained, or all are noised."""
+    built = experiment.model.items != "own"
+    return built or isinstance(experiment.loss, SoftmaxLoss) or on_device(experiment.privacy) is not None
 
 
 def render(forecast: dict[str, int | float]) -> Table:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from client.device import Device
-from client.evaluation import Ranks, final_scores, mask_seen, rank, scores
+from client.evaluation import Ranks, final_scores, mask_seen, of_items, rank, scores
 from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
 from common.data.sequences import Ints, Split
@@ -50,7 +50,7 @@ class Trained:
     @cached_property
     def weights(self) -> Weights:
         """The model that validation chose."""
-        return load_model(self.folder / MODEL_FILE, self.device.experiment, self.device.catalogue.items)
+        return load_model(self.folder / MODEL_FILE, self.device.experiment, self.device.rows)
 
     def for_user(self, user_id: str, k: int) -> list[dict[str, Any]]:
         """Top k for somebody in the data, from all of their events; items that they had are left out.
@@ -81,7 +81,8 @@ class Trained:
         window = torch.tensor([history[-model.max_length :]])
         with torch.no_grad():
             times = torch.arange(window.shape[1]).unsqueeze(0) if model.timed else None  # none are known: evenly
-            scored = final_scores(model, self.weights, window, torch.tensor([window.shape[1]]), times)[0]
+            made = of_items(self.device.experiment, self.weights, self.device.sequences)
+            scored = final_scores(model, made, window, torch.tensor([window.shape[1]]), times)[0]
         scored[torch.tensor(history)] = -torch.inf
         return self._top(scored, k)
 

@@ -13,6 +13,12 @@ from rich.text import Text
 
 from common.privacy.card import advice
 
+_PARTS = {
+    "s": "Against sampled negatives: for comparison with old papers only",
+    "cold": "Users whose last item no training has seen; by chance HR@10 would be ten in the catalogue",
+    "warm": "All other users",
+}
+"""Figures beside the main ones, by how their names go on."""
 SHOWN = ("hr@10", "ndcg@10", "mrr")
 _NAMES = {"ceiling": "best possible"}
 _EXPLAINED = (
@@ -50,11 +56,10 @@ def render(console: Console, result: dict[str, Any]) -> None:
         others = (_number(figures[name]["value"]) for figures in baselines.values())
         table.add_row(_label(name), _number(figure["value"]), _interval(figure), *others)
     _print(console, "Test: each user's last item, ranked against the whole catalogue", table)
-    sampled = {
-        name: figure for name, figure in result["test"].items() if name.partition("|")[0] in SHOWN and "|" in name
-    }
-    if sampled:
-        _print(console, "Against sampled negatives: for comparison with old papers only", _figures(sampled))
+    for mark, heading in _PARTS.items():
+        part = {n: f for n, f in result["test"].items() if n.partition("|")[0] in SHOWN and f"|{mark}" in n}
+        if part:
+            _print(console, heading, _figures(part))
     for line, style in ((_verdict(result), "bold"), (_EXPLAINED, "dim")):
         if line:
             console.print(Padding(Text(line, style), (0, 1, 1, 1)))

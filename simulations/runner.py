@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from client.accounts import ACCOUNTS_FILE
 from client.device import Device
 from common.config import Experiment
+from common.data.holdout import cold_items, concerning
 from common.data.prepare import bad_rows, prepare
 from common.files import locked, write_json
 from common.memory import keep_freed_memory
@@ -94,6 +96,9 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
     full, sampled = outcome.test
     if told_as_is(experiment):
         test = figures(full) | (figures(sampled, f"|s{evaluation.sampled}") if evaluation.sampled else {})
+        cold = cold_targets(experiment, device) if experiment.data.cold else None
+        if cold is not None:
+            test |= figures(np.where(cold, full, np.nan), "|cold") | figures(np.where(cold, np.nan, full), "|warm")
         tested = np.flatnonzero(np.isfinite(full))
         ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items, tested)
         users_tested = len(tested)
@@ -119,6 +124,12 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         "phases": _phases(trained),
         "privacy": outcome.card,
     }
+
+
+def cold_targets(experiment: Experiment, device: Device) -> NDArray[np.bool_]:
+    """Whose test item no training has seen (see `data.cold`), ``(N,)``."""
+    _, targets = device.sequences.stops(np.arange(len(device.sequences)), "test")
+    return concerning(targets, cold_items(device.catalogue.items, experiment.data.cold, 0))
 
 
 def told_as_is(experiment: Experiment) -> bool:

@@ -78,6 +78,14 @@ def gather(catalogue: Catalogue, config: ItemFeatures) -> dict[str, Column]:
     return columns
 
 
+def files(config: ItemFeatures) -> list[Path]:
+    """All files that features are read from; errors as in `gather`."""
+    named = [] if config.source is None else [("source", config.source)]
+    named += [("path", feature.path) for feature in config.columns if isinstance(feature, VectorsFeature)]
+    found = [_find(key, path) for key, path in named]
+    return found + [path.with_suffix(".items") for path in found if path.suffix == ".npy"]
+
+
 def _find(key: str, path: str) -> Path:
     """Look where data paths are looked for; `common.data.readers`, which opens events, stays out of the server."""
     places = [Path(os.path.expanduser(root)) for root in (os.environ.get("HUSHREC_DATA"), str(Path.cwd())) if root]

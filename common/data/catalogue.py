@@ -60,8 +60,9 @@ class Catalogue:
 
     @cached_property
     def version(self) -> str:
-        """Fingerprint of the list of items itself: nodes with another one number items otherwise."""
-        return hashlib.sha256("\n".join(self.item_ids()).encode()).hexdigest()[:16]
+        """Fingerprint of the list of items and their features: nodes with others number items otherwise."""
+        features = disk.read_manifest(self.folder).get("features", {}).get("digest", "")
+        return hashlib.sha256("\n".join([*self.item_ids(), *[features] * bool(features)]).encode()).hexdigest()[:16]
 
     def item_ids(self) -> list[str]:
         """Ids of all items, as in the source, in the order of their numbers."""

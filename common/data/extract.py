@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.data import folder as disk
+from common.data import itemrows
 from common.data.sequences import Sequences
 from common.errors import DataError
 from common.files import write_json
@@ -59,7 +60,8 @@ def extract(prepared: Path, users: range, target: Path) -> Path:
             arrays[name] = np.where(place >= 0, place - start, -1)
         for name, array in arrays.items():
             np.save(draft / f"{name}.npy", array.astype(disk.ARRAYS[name]))
-        shutil.copy(prepared / disk.CATALOGUE, draft / disk.CATALOGUE)
+        for name in (disk.CATALOGUE, *(itemrows.FILES if "features" in manifest else ())):
+            shutil.copy(prepared / name, draft / name)
         kept = manifest["kept"] | {"users": len(users), "events": end - start}
         some = {"extras": [], "first_user": users[0], "population": whole.population or len(whole)}
         write_json(draft / disk.MANIFEST, {**manifest, "kept": kept, **some}, DataError)

@@ -11,8 +11,10 @@ import numpy as np
 import polars as pl
 
 from common.config import digest
+from common.data import attributes, itemrows, readers, rules, synthetic
 from common.data import folder as disk
-from common.data import readers, rules, synthetic
+from common.data.catalogue import Catalogue
+from common.data.holdout import cold_items
 from common.data.sequences import Sequences
 from common.data.split import split
 from common.errors import DataError
@@ -30,7 +32,7 @@ def prepare(config: DataConfig) -> Path:
     DataError
         If the source cannot be read, or its filters leave nothing.
     """
-    files = readers.files(config)
+    files = [*readers.files(config), *attributes.files(config.features)]
     sums = {file.name: sha256(file, DataError) for file in files}
     options = config.model_dump(mode="json", exclude={"path"})  # where files lie changes nothing; what they hold does
     key = digest({"format": disk.FORMAT, "options": options, "files": sums})
@@ -53,6 +55,11 @@ def prepare(config: DataConfig) -> Path:
             **facts,
         }
         write_json(draft / disk.MANIFEST, manifest, DataError)
+        if config.features.columns:
+            from common.data.features import fit
+
+            known = itemrows.save(draft, fit(Catalogue.open(draft), config.features))
+            write_json(draft / disk.MANIFEST, {**manifest, "features": known}, DataError)
     return target
 
 
@@ -89,6 +96,7 @@ def intact(folder: Path) -> bool:
             disk.load_array(folder, name, len(items))
         for name in (disk.USERS, disk.CATALOGUE):
             pl.read_parquet_schema(folder / name)
+        itemrows.load(folder)
     except (DataError, OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return False
     return True
@@ -97,7 +105,11 @@ def intact(folder: Path) -> bool:
 def _write(config: DataConfig, draft: Path) -> dict[str, Any]:
     """Write everything but the split and the manifest; give the manifest's facts."""
     write: Callable[..., dict[str, Any]] = _write_table
-    if isinstance(config, SyntheticData) and max(config.min_user_events, config.min_item_events) <= 1:
+    if (
+        isinstance(config, SyntheticData)
+        and not config.cold
+        and max(config.min_user_events, config.min_item_events) <= 1
+    ):
         write = synthetic.write  # nothing to filter, so the whole need not be in memory at once
     return write(config, draft)
 
@@ -114,6 +126,8 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     catalogue = catalogue.unique("item", keep="first", maintain_order=True)
     numbers = catalogue.select("item", pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
     frame = frame.join(numbers, on="item", how="left", maintain_order="left")
+    if config.cold:
+        frame = _without_cold(frame, cold_items(catalogue.height, config.cold, 0))
     lengths = frame.group_by("user", maintain_order=True).len()
 
     arrays = {
@@ -136,6 +150,12 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     bad = {"count": table.bad_rows, "first_lines": table.bad_lines}
     extras = sorted(disk.EXTRAS.keys() & arrays.keys())
     return {"read": read, "kept": counts, "bad_rows": bad, "extras": extras, **facts}
+
+
+def _without_cold(frame: pl.DataFrame, cold: np.ndarray[Any, np.dtype[np.int64]]) -> pl.DataFrame:
+    """Leave out all events on cold items but those that are somebody's last."""
+    last = pl.int_range(pl.len()).over("user") == pl.len().over("user") - 1
+    return frame.filter(last | ~pl.col("number").is_in(cold.tolist()))
 
 
 def _coded(behaviours: pl.Series) -> tuple[Any, list[str]]:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.sources import Natural, Positive, Rate, Section, Share
+from common.section import Natural, Positive, Rate, Section, Share
 
 
 class ScaledDotProduct(Section):
@@ -88,6 +88,12 @@ class ModelConfig(Section):
     head: Literal["dot-product", "target"] = "dot-product"
     """How an item is scored. `dot-product`: against the last hidden state. `target`: the item queries the whole history
     for itself (target attention, as in DIN: Zhou et al., KDD 2018)."""
+    items: Literal["own", "features", "both"] = "own"
+    """What an item's vector is: one of its `own`; the sum of those of its `features` (see `data.features`), so that
+    items may be new, and the model small; or `both`, added up."""
+    own_dropout: Share = 0.0
+    """With `items: both`, share of the items whose own vectors are left away in a round of training, so that features
+    learn to stand alone (DropoutNet: Volkovs et al., NeurIPS 2017): for items that are new."""
     kernel: Positive = 3
     """Events that the convolution of `cnn-attention` sees."""
     dim: Positive = 64
@@ -137,5 +143,5 @@ class ModelConfig(Section):
     @property
     def plain(self) -> bool:
         """Whether this is SASRec itself."""
-        usual = "attention", "scaled-dot-product", "dot-product"
-        return (self.encoder, self.attention.kind, self.head) == usual
+        usual = "attention", "scaled-dot-product", "dot-product", "own"
+        return (self.encoder, self.attention.kind, self.head, self.items) == usual

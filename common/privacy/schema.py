@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.sources import Positive, Rate, Section
+from common.section import Positive, Rate, Section
 
 Delta = Annotated[float, Field(gt=0, lt=1)]
 

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from common.data.attributes import Column
 from common.data.encoders.encoded import Bags
 from common.features import CategoricalFeature
-from common.sources import Section
+from common.section import Section
 
 
 class Vocabulary(Section):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from common.data.attributes import Column
 from common.data.encoders.encoded import Dense
 from common.features import NumericFeature
-from common.sources import Section
+from common.section import Section
 
 _EDGES = 1024
 _LARGEST = float(np.finfo(np.float32).max)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from common.data.attributes import Column
 from common.data.encoders.encoded import Dense
 from common.features import VectorsFeature
-from common.sources import Positive, Section
+from common.section import Positive, Section
 
 _LARGEST = float(np.finfo(np.float32).max)
 _BLOCK = 1 << 14

@@ -19,7 +19,7 @@ from common.data.attributes import Column
 from common.data.encoders.encoded import Dense
 from common.errors import UsageError
 from common.features import TextFeature
-from common.sources import Positive, Section
+from common.section import Positive, Section
 
 _BLOCK = 1 << 12
 """Rows at a time."""

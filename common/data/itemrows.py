@@ -1,0 +1,127 @@
+"""Which rows of the table an item's vector is the weighted sum of: its features', as a prepared folder keeps them.
+
+A categorical value is a row, and so is each number of a dense feature, by which its row is multiplied. All of it is
+public: it follows from the catalogue, and every device has the same.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import Experiment
+from common.data import folder as disk
+from common.data.encoders.encoded import Bags
+from common.errors import DataError
+from common.files import write_json
+
+if TYPE_CHECKING:
+    from common.data.features import Features
+
+FITTED = "features.json"
+"""What `common.data.features.apply` needs to encode items that come later."""
+_ARRAYS = {"feature_offsets": np.int64, "feature_rows": np.int64, "feature_weights": np.float32}
+FILES = (FITTED, *(f"{name}.npy" for name in _ARRAYS))
+"""All that a folder has of it."""
+
+
+class ItemRows(NamedTuple):
+    """A sparse matrix from rows to items, by items (CSR)."""
+
+    offsets: NDArray[np.int64]
+    """Item i is made of ``[offsets[i], offsets[i+1])``, ``(I+1,)``."""
+    rows: NDArray[np.int64]
+    """``(nnz,)``, each below `size`."""
+    weights: NDArray[np.float32]
+    """``(nnz,)``."""
+    size: int
+    """Number of rows there are."""
+
+
+def rows_of(features: "Features") -> ItemRows:
+    """Number the rows, feature after feature, and say what each item is made of."""
+    owners, rows, weights = [], [], []
+    begin = 0
+    for feature in features:
+        if isinstance(feature.values, Bags):
+            bags = feature.values
+            owners.append(np.repeat(np.arange(features.items), np.diff(bags.offsets)))
+            rows.append(begin + bags.values)
+            weights.append(bags.weights)
+            begin += bags.size
+        else:
+            item, column = np.nonzero(feature.values.matrix)
+            owners.append(item)
+            rows.append(begin + column)
+            weights.append(feature.values.matrix[item, column])
+            begin += feature.values.matrix.shape[1]
+    nothing = [np.zeros(0, dtype=np.int64)]
+    owner = np.concatenate([*nothing, *owners])
+    order = np.argsort(owner, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=features.items))]).astype(np.int64)
+    values = np.concatenate([np.zeros(0, dtype=np.float32), *weights]).astype(np.float32)
+    return ItemRows(offsets, np.concatenate([*nothing, *rows])[order], values[order], begin)
+
+
+def save(folder: Path, features: "Features") -> dict[str, Any]:
+    """Write them into a folder that is being made; give what its manifest shall say."""
+    made = rows_of(features)
+    arrays: tuple[NDArray[Any], ...] = made.offsets, made.rows, made.weights
+    for name, array in zip(_ARRAYS, arrays, strict=True):
+        np.save(folder / f"{name}.npy", array)
+    write_json(folder / FITTED, features.fitted())
+    return {"digest": features.digest, "rows": made.size}
+
+
+def load(folder: Path) -> ItemRows | None:
+    """Read what a prepared folder knows of its items' features; none where it knows nothing.
+
+    Raises
+    ------
+    DataError
+        Where the arrays are damaged, or do not fit one another or the manifest.
+    """
+    manifest = disk.read_manifest(folder)
+    told = manifest.get("features")
+    if told is None:
+        return None
+    arrays = []
+    for name, dtype in _ARRAYS.items():
+        try:
+            array = np.load(folder / f"{name}.npy", allow_pickle=False)
+        except Exception as error:  # numpy parses the header as Python, and a damaged one can raise nearly anything
+            raise disk.damaged(folder, f"{name}.npy: {error}") from None
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+            raise disk.damaged(folder, f"{name}.npy is not a list of {np.dtype(dtype)}")
+        arrays.append(array)
+    offsets, rows, weights = arrays
+    size = told["rows"]
+    sound = (
+        len(offsets) == manifest["kept"]["items"] + 1
+        and offsets[0] == 0
+        and offsets[-1] == len(rows) == len(weights)
+        and (np.diff(offsets) >= 0).all()
+        and (not len(rows) or (rows.min() >= 0 and rows.max() < size))
+        and np.isfinite(weights).all()
+    )
+    if not sound:
+        raise disk.damaged(folder, "its items' features do not fit one another")
+    return ItemRows(offsets, rows, weights, size)
+
+
+def table_rows(experiment: Experiment, folder: Path) -> int:
+    """Rows of the table that a model of a prepared folder's items has; reads the manifest alone.
+
+    Raises
+    ------
+    DataError
+        Where the folder knows nothing of its items.
+    """
+    manifest = disk.read_manifest(folder)
+    items: int = manifest["kept"]["items"]
+    if experiment.model.items == "own":
+        return items
+    if "features" not in manifest:
+        raise DataError(f"{folder}: knows no features of its items; prepare it with data.features")
+    return int(manifest["features"]["rows"]) + (items if experiment.model.items == "both" else 0)
