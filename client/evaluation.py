@@ -17,7 +17,7 @@ from common.metrics import expected_ranks
 from common.models.encoder import Moments, encode
 from common.models.items import mixture_of
 from common.models.schema import ModelConfig
-from common.models.scoring import score_last
+from common.models.scoring import history, score_last
 from common.models.weights import Weights, named
 from common.seeding import uniform_integers
 
@@ -60,7 +60,7 @@ def final_scores(
     parameters = named(model, weights.body)
     moments = None if times is None else Moments(times, lengths)
     hidden = encode(model, parameters, F.embedding(items, weights.table), moments=moments)  # (B, L, D)
-    return score_last(model, parameters, hidden, lengths, weights.table)
+    return score_last(history(model, parameters, hidden), lengths, weights.table)
 
 
 def of_items(experiment: Experiment, weights: Weights, sequences: Sequences) -> Weights:

@@ -14,7 +14,7 @@ from common.config import Experiment
 from common.models.alike import Tap
 from common.models.encoder import Moments, dropout_sites, encode
 from common.models.losses import Candidates, build_loss
-from common.models.scoring import score_all, score_each
+from common.models.scoring import history, score_all, score_each
 from common.seeding import keep_mask, uniform_bits
 
 
@@ -57,15 +57,15 @@ def step_loss(
     moments = None
     if times is not None:
         moments = Moments(torch.from_numpy(times[:, step, :-1]), torch.from_numpy(np.minimum(lengths[:, step], w)))
-    hidden = encode(model, parameters, vectors.events[:, :-1], masks, moments)  # (C, W, D)
-    positive = score_each(model, parameters, hidden, vectors.events[:, 1:])  # (C, W)
+    past = history(model, parameters, encode(model, parameters, vectors.events[:, :-1], masks, moments))
+    positive = score_each(past, vectors.events[:, 1:])  # (C, W)
     if vectors.private is not None:
-        other = score_each(model, parameters, hidden, vectors.private)
+        other = score_each(past, vectors.private)
         negative = other.unsqueeze(-1) + problem.barred[:, step]  # (C, W, 1)
     elif vectors.scored is None:
         raise ValueError("nothing to score against")
     else:
-        negative = score_all(model, parameters, hidden, vectors.scored)  # (C, W, N), or I for the whole catalogue
+        negative = score_all(past, vectors.scored)  # (C, W, N), or I for the whole catalogue
         unbarred = problem.barred.numel() == 1  # the whole catalogue
         negative = negative if unbarred else negative.add_(problem.barred)
     loss = build_loss(experiment.loss, problem.catalogue)

@@ -79,10 +79,9 @@ def certify(experiment: Experiment, report: Report = lambda text: None) -> list[
     Raises
     ------
     UsageError
-        Where the centralised loop does not know the loss.
+        Where the centralised loop does not know the loss, or the vectors of items.
     """
-    if experiment.loss.kind not in centralised.LOSSES:
-        raise UsageError(f"loss.kind={experiment.loss.kind}: certified are {' and '.join(centralised.LOSSES)}")
+    require_known(experiment)
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)
     data = prepare(experiment.data)
@@ -92,6 +91,20 @@ def certify(experiment: Experiment, report: Report = lambda text: None) -> list[
     report(f"{ROUNDS} federated rounds")
     outcome = _federated(device)
     return [*checks, *_centralised(device, outcome, report), *_drift(device, outcome, report)]
+
+
+def require_known(experiment: Experiment) -> None:
+    """Refuse what the centralised loop does not know.
+
+    Raises
+    ------
+    UsageError
+        Where that is the loss, or the vectors of items.
+    """
+    if experiment.loss.kind not in centralised.LOSSES:
+        raise UsageError(f"loss.kind={experiment.loss.kind}: certified are {' and '.join(centralised.LOSSES)}")
+    if experiment.model.items != "own":
+        raise UsageError(f"model.items={experiment.model.items}: certified are vectors of items' own")
 
 
 def parity_mode(experiment: Experiment) -> Experiment:

@@ -222,7 +222,7 @@ def pooled(config: Config, overrides: Overrides = None, as_json: AsJson = False)
 @app.command()
 def bench(
     workload: Annotated[
-        str, typer.Option(help="Such as ml-1m-1step, beauty-5step, population-1000000.")
+        str, typer.Option(help="Such as ml-1m-1step, beauty-5step, population-1000000; or attention, by length.")
     ] = "ml-1m-1step",
     engines: Annotated[
         str, typer.Option(help="The first is compared with the others.")
@@ -238,9 +238,16 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure clients per second of several engines, in turn, and their ratios."""
+    """Measure clients per second of several engines, in turn, and their ratios; or what attention costs."""
+    from simulations.report import render_attention, render_bench
+
+    if workload == "attention":
+        from simulations.bench_attention import bench_attention
+
+        costs = bench_attention(repeats, Screen(stderr=True).print)
+        print_json(costs) if as_json else render_attention(Screen(), costs)
+        return
     from simulations.bench import bench as measure
-    from simulations.report import render_bench
 
     workers = (os.cpu_count() or 1) if workers is None else workers
     found = measure(workload, _items(engines), repeats, workers, Screen(stderr=True).print)

@@ -15,7 +15,6 @@ from client.evaluation import rank
 from common.config import Experiment
 from common.data.prepare import prepare
 from common.data.sequences import Split
-from common.errors import UsageError
 from common.memory import keep_freed_memory
 from common.metrics import point
 from common.models.shapes import ITEM_TABLE
@@ -23,7 +22,7 @@ from common.models.weights import Weights, body_shapes
 from server.rounds import SELECT
 from server.sampling import cohort
 from simulations import centralised
-from simulations.certify import initial_model, parity_mode
+from simulations.certify import initial_model, parity_mode, require_known
 
 
 def train(experiment: Experiment, report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -44,10 +43,9 @@ def train(experiment: Experiment, report: Callable[[str], None] = lambda text: N
     Raises
     ------
     UsageError
-        Where the centralised loop does not know the loss.
+        Where the centralised loop does not know the loss, or the vectors of items.
     """
-    if experiment.loss.kind not in centralised.LOSSES:
-        raise UsageError(f"loss.kind={experiment.loss.kind}: the loop knows {' and '.join(centralised.LOSSES)}")
+    require_known(experiment)
     keep_freed_memory()
     if experiment.runtime.threads:
         torch.set_num_threads(experiment.runtime.threads)

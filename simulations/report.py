@@ -238,6 +238,18 @@ def render_bench(console: Console, found: dict[str, Any]) -> None:
         console.print(Padding(Text(f"{names}: {ratio:.2f} times as many clients a second"), (0, 1)))
 
 
+def render_attention(console: Console, costs: list[dict[str, Any]]) -> None:
+    """Print what `hushrec bench --workload attention` measured."""
+    table = _table()
+    table.add_column("attention")
+    for length in costs[0]["milliseconds"]:
+        table.add_column(f"{length:,} events", justify="right")
+    for cost in costs:
+        figures = cost["milliseconds"].values()
+        table.add_row(cost["kind"], *("–" if each is None else f"{each:,.1f} ms" for each in figures))
+    _print(console, "Forward and backward pass of four histories, two heads of 32, one thread", table)
+
+
 def _table() -> Table:
     return Table(box=SIMPLE_HEAD, pad_edge=False)
 

@@ -107,7 +107,8 @@ def _mixture(folder: Path, cold: float | None) -> Mixture:
         raise DataError(f"{folder}: knows no features of its items; prepare it with data.features")
     items = len(known.offsets) - 1
     place = torch.from_numpy(np.stack([np.repeat(np.arange(items), np.diff(known.offsets)), known.rows]))
-    matrix = torch.sparse_coo_tensor(place, torch.from_numpy(known.weights), (items, known.size)).coalesce()
+    matrix = torch.sparse_coo_tensor(place, torch.from_numpy(known.weights), (items, known.size), check_invariants=True)
+    matrix = matrix.coalesce()
     own = None
     if cold is not None:
         own = torch.ones(items, 1)

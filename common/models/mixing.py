@@ -252,6 +252,26 @@ def target_scores(
     return ((weights * matches).cumsum(2) / weights.cumsum(2)).sum(1)
 
 
+def target_scores_each(history_keys: Tensor, history_values: Tensor, candidates: Tensor) -> Tensor:
+    """`target_scores` of one candidate after each event, such as the one that came next.
+
+    Parameters
+    ----------
+    history_keys, history_values : Tensor
+        ``(C, H, L, K)`` float.
+    candidates : Tensor
+        ``(C, H, L, K)``, one a position, as query and as value.
+
+    Returns
+    -------
+    Tensor
+        ``(C, L)``.
+    """
+    scores = (candidates / math.sqrt(candidates.shape[-1]) @ history_keys.mT).clamp(-LIMIT, LIMIT)
+    mixed = (scores + causal(None, candidates)).softmax(-1) @ history_values  # (C, H, L, K)
+    return (mixed * candidates).sum((1, -1))
+
+
 def target_scores_last(
     history_keys: Tensor,
     history_values: Tensor,

@@ -1,28 +1,43 @@
 """How items are scored: against the last hidden state, or each against the whole history (``model.head``)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.models.attention import split_heads
 from common.models.linear import linear
-from common.models.mixing import scaled_dot_product, target_scores, target_scores_last
+from common.models.mixing import target_scores, target_scores_each, target_scores_last
 from common.models.schema import ModelConfig
 
 
-def score_all(config: ModelConfig, parameters: Mapping[str, Any], hidden: Tensor, items: Any) -> Tensor:
+class History(NamedTuple):
+    """What items are scored against: hidden states or, for target attention, what they look for and what they find."""
+
+    hidden: Tensor
+    """``(C, L, D)`` from `common.models.encoder.encode`."""
+    keys: Tensor | None
+    """``(C, H, L, K)``."""
+    values: Tensor | None
+    """``(C, H, L, K)``."""
+
+
+def history(config: ModelConfig, parameters: Mapping[str, Any], hidden: Tensor) -> History:
+    """Make it, once in a pass; parameters shared or stacked."""
+    if config.head == "dot-product":
+        return History(hidden, None, None)
+    key, value = (linear(hidden, parameters[f"target.{name}.weight"]) for name in ("key", "value"))
+    return History(hidden, split_heads(key, config.heads), split_heads(value, config.heads))
+
+
+def score_all(past: History, items: Any) -> Tensor:
     """Scores of the same items after every event.
 
     Parameters
     ----------
-    config : ModelConfig
-        The model.
-    parameters : Mapping of str to Tensor
-        Shared or stacked.
-    hidden : Tensor
-        ``(C, L, D)`` from `common.models.encoder.encode`.
+    past : History
+        Of C users.
     items : Tensor or Tap
         Item vectors, shared ``(N, D)`` or stacked ``(C, N, D)``.
 
@@ -31,32 +46,22 @@ def score_all(config: ModelConfig, parameters: Mapping[str, Any], hidden: Tensor
     Tensor
         ``(C, L, N)``.
     """
-    if config.head == "dot-product":
-        return linear(hidden, items)
-    split = items.unflatten(-1, (config.heads, -1))  # (…, N, H, K)
-    return target_scores(*_history(config, parameters, hidden), split, split)
+    if past.keys is None or past.values is None:
+        return linear(past.hidden, items)
+    split = items.unflatten(-1, (past.keys.shape[1], -1))  # (…, N, H, K)
+    return target_scores(past.keys, past.values, split, split)
 
 
-def score_each(config: ModelConfig, parameters: Mapping[str, Any], hidden: Tensor, items: Tensor) -> Tensor:
-    """Score of one item after each event, such as the one that came next; ``(C, L, D), (C, L, D) → (C, L)``."""
-    if config.head == "dot-product":
-        return (hidden * items).sum(-1)
-    keys, values = _history(config, parameters, hidden)
-    asked = split_heads(items, config.heads)  # (C, H, L, K)
-    return (scaled_dot_product(asked, keys, values) * asked).sum((1, -1))
+def score_each(past: History, items: Tensor) -> Tensor:
+    """Score of one item after each event, such as the one that came next; items ``(C, L, D) → (C, L)``."""
+    if past.keys is None or past.values is None:
+        return (past.hidden * items).sum(-1)
+    return target_scores_each(past.keys, past.values, split_heads(items, past.keys.shape[1]))
 
 
-def score_last(
-    config: ModelConfig, parameters: Mapping[str, Any], hidden: Tensor, lengths: Tensor, table: Tensor
-) -> Tensor:
-    """Scores of all items after the last real event, ``(C, L, D), (C,), (I, D) → (C, I)``; shared weights."""
-    if config.head == "dot-product":
-        return hidden[torch.arange(len(hidden)), lengths - 1] @ table.T
-    split = table.unflatten(-1, (config.heads, -1))
-    return target_scores_last(*_history(config, parameters, hidden), split, split, lengths)
-
-
-def _history(config: ModelConfig, parameters: Mapping[str, Any], hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of events, ``(C, H, L, K)`` each."""
-    key, value = (linear(hidden, parameters[f"target.{name}.weight"]) for name in ("key", "value"))
-    return split_heads(key, config.heads), split_heads(value, config.heads)
+def score_last(past: History, lengths: Tensor, table: Tensor) -> Tensor:
+    """Scores of all items after the last real event, ``(C,), (I, D) → (C, I)``; shared weights."""
+    if past.keys is None or past.values is None:
+        return past.hidden[torch.arange(len(lengths)), lengths - 1] @ table.T
+    split = table.unflatten(-1, (past.keys.shape[1], -1))
+    return target_scores_last(past.keys, past.values, split, split, lengths)

@@ -40,7 +40,7 @@ def local(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     blocks = -(-length // block)
 
     def fold(x: Tensor) -> Tensor:  # (C, H, L, K) → (C · H, blocks, block, K)
-        return F.pad(x, (0, 0, 0, blocks * block - length)).view(c * heads, blocks, block, -1)
+        return F.pad(x, (0, 0, 0, blocks * block - length)).reshape(c * heads, blocks, block, -1)
 
     def paired(x: Tensor) -> Tensor:  # (C · H, blocks, 2 · block, K); zeros are before the first block
         x = fold(x)
