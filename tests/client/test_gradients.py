@@ -20,7 +20,11 @@ def test_vectors_are_summed_by_place_and_some_left_out():
 def test_an_event_counts_among_the_rows_that_its_item_has():
     """Two users, two shared rows, two of their own; the first's item is one of the negatives and comes twice."""
     problem = SimpleNamespace(
-        shared=2, rows=torch.zeros(2, 4).numpy(), private=None, events=torch.tensor([[[1, 1, 2]], [[3, 2, 3]]])
+        shared=2,
+        mixture=None,
+        rows=torch.zeros(2, 4).numpy(),
+        private=None,
+        events=torch.tensor([[[1, 1, 2]], [[3, 2, 3]]]),
     )
     events = torch.arange(1.0, 7.0).view(2, 3, 1)
     tables = _of_rows(Vectors(events, torch.full((2, 2, 1), 10.0), None), problem, 0)

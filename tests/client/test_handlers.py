@@ -134,7 +134,7 @@ def test_no_sampled_rank_unless_asked_for(here):
 def test_query_replies_with_user_and_catalogue(here):
     replies = handle_query(ask(here, "query"), USERS, here.device)
     assert [dict(reply.content.metric_records[METRICS]) for reply in replies] == [
-        {"first": user, "users": 1, "population": len(USERS), "items": ITEMS} for user in USERS
+        {"first": user, "users": 1, "population": len(USERS), "items": ITEMS, "rows": ITEMS} for user in USERS
     ]
     assert {reply.content.config_records[ROUND]["catalogue"] for reply in replies} == {here.device.catalogue.version}
 

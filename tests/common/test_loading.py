@@ -106,10 +106,23 @@ def fields(schema, prefix="", section=""):
 
 @pytest.mark.parametrize(("key", "section"), fields(json_schema()))
 def test_every_field_can_be_explained(key, section):
-    override = f"{key}=[{{a: 1}}]"
+    override = f"{key}=5" if key == "data.features.columns" else f"{key}=[{{a: 1}}]"
     lines = faults(MINIMAL, override, *filter(None, [section]))
     start = f"override '{override}': {key}"
     assert any(line.startswith(start) and " is not allowed; must be " in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("columns", "why"),
+    [
+        ("{a: 1}", "columns.0.kind: is missing; must be categorical, numeric, text or vectors"),
+        ("{kind: categorical, name: x, sep: 1}", "columns.0.sep: unknown key; known are name, column, kind"),
+        ("{kind: categoric, name: x}", "did you mean categorical?"),
+    ],
+)
+def test_a_fault_in_a_list_of_sections_is_placed(columns, why):
+    (line,) = faults(MINIMAL, f"data.features.columns=[{columns}]")
+    assert why in line
 
 
 # --- faults of the text as such ----------------------------------------------------------------------------------

@@ -170,7 +170,9 @@ SHARED = {
 @pytest.mark.parametrize(("said", "told"), SHARED.values(), ids=SHARED)
 def test_a_node_of_several_users_that_exaggerates(said, told):
     roster = Roster(
-        [70, 70, 71], ITEMS, {70: Answer(70, range(2), 3, ITEMS, "c"), 71: Answer(71, range(2, 3), 3, ITEMS, "c")}
+        [70, 70, 71],
+        ITEMS,
+        {70: Answer(70, range(2), 3, ITEMS, "c", ITEMS), 71: Answer(71, range(2, 3), 3, ITEMS, "c", ITEMS)},
     )
     strategy = FederatedRanking(world.experiment(), roster, fresh().weights)
     draft = honest(np.random.default_rng(0), 0, 70, 1)

@@ -254,7 +254,7 @@ def test_messages_share_their_content():
 
 def test_a_shared_node_gets_one_message_that_names_its_users():
     content = RecordDict({ROUND: ConfigRecord({"round": 4})})
-    hosts = {7: Answer(7, range(2), 3, 9, "c"), 6: Answer(6, range(2, 3), 3, 9, "c")}
+    hosts = {7: Answer(7, range(2), 3, 9, "c", 9), 6: Answer(6, range(2, 3), 3, 9, "c", 9)}
     sent = list(messages(Roster([7, 7, 6], 9, "c", hosts), np.array([0, 1, 2]), content, "train", 4))
     assert [message.metadata.dst_node_id for message in sent] == [7, 6]
     told = [dict(message.content.config_records[ROUND]) for message in sent]
