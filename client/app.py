@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message
@@ -14,24 +15,48 @@ from client import shard
 from client.accounts import accounts_of, kept_by, store
 from client.device import Device, user_of, users_of
 from client.handlers import handle_evaluate, handle_query, handle_train, introduction
-from common.errors import UsageError
+from common.errors import HushrecError, UsageError
 from common.privacy.schema import ExampleLevel, on_device
+from common.run_config import experiment_of
 from common.wire import REFUSED
 
 
 def discreet(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """A mod: what goes wrong here is told in the log of this node; the server hears no path of it."""
+    """A mod: what goes wrong here is told in the log of this node; the server hears what is meant for people.
+
+    That is our own errors' text without the paths, which are nobody's business, and nothing but a name of all others,
+    and of all where devices do not trust the server.
+    """
     try:
         return call_next(message, context)
     except Exception as fault:
         logging.getLogger(__name__).exception("a message of the server cannot be answered")
-        reason = f"{type(fault).__name__}: {_PATH.sub('…', str(fault))}"
+        reason = type(fault).__name__
+        if isinstance(fault, HushrecError) and _trusts(context):
+            text = str(fault)
+            for folder in sorted(_folders(context), key=len, reverse=True):
+                text = text.replace(folder, "…")
+            reason += f": {_PATH.sub('…', text)}"
         return Message(Error(code=REFUSED, reason=reason), reply_to=message)
 
 
+def _trusts(context: Context) -> bool:
+    try:
+        return on_device(experiment_of(context).privacy) is None
+    except HushrecError:
+        return True  # no experiment, so nothing of any user's was read
+
+
+def _folders(context: Context) -> set[str]:
+    """Folders that this node knows of."""
+    named = {str(value) for value in context.node_config.values() if isinstance(value, str)}
+    places = {place for name in named for place in (name, str(Path(name).parent)) if Path(place).is_absolute()}
+    return {place for place in places | {str(Path.home()), str(Path.cwd())} if len(place) > 1}
+
+
 app = ClientApp(mods=[discreet])
-_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:\\|~?/)[^\s:;,'\"]*")
-"""A path as it begins at a root; how devices name their folders is nobody's business."""
+_PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:\\|\\\\|~\w*/|\.\./|/)[^\s:;,'\"]*")
+"""Other paths, up to a blank."""
 
 
 @app.query()

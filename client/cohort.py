@@ -61,17 +61,18 @@ def plan(experiment: Experiment, sequences: Sequences, users: Ints, catalogue: i
     def bytes_per_user(width: int, steps: int) -> int:
         """An estimate: weights with gradients, activations, logits and masks, as stacked training needs them."""
         model, loss = experiment.model, experiment.loss
-        scored = catalogue if loss.kind == "softmax" else getattr(loss, "negatives", 1)
+        scored = items if loss.kind == "softmax" else getattr(loss, "negatives", 1)
         rows = catalogue if loss.kind == "softmax" else scored + 2 * width * steps
         if model.items != "own":
-            rows = 2 * catalogue  # at the most about as many rows as items, and all of both
+            rows = catalogue + 2 * items
         body, activations = 12 * model.blocks * model.dim**2, width * model.dim * (12 + 2 * model.ffn) * model.blocks
         sent = 2 * catalogue * model.dim if isinstance(device, Local) else 0
         heads = 1 if model.head == "dot-product" else 6 * model.heads  # target attention weighs each for itself
         numbers = 3 * rows * model.dim + 3 * body + 2 * activations + 3 * width * scored * heads + sent
         return 4 * numbers + 2 * pair_bytes(model, width)
 
-    device = on_device(experiment.privacy)
+    device, mixture = on_device(experiment.privacy), mixture_of(experiment, sequences.folder)
+    items = catalogue if mixture is None else mixture.items
     if isinstance(device, ExampleLevel):
         return _by_segments(experiment, device, sequences, users, catalogue)
     return chunks(experiment, sequences, users, bytes_per_user)

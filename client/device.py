@@ -13,6 +13,7 @@ from client.accounts import Accounts
 from client.cohort import train
 from client.evaluation import Ranking, rank
 from common.config import Experiment, experiment_hash
+from common.data import folder as disk
 from common.data.catalogue import Catalogue
 from common.data.itemrows import table_rows
 from common.data.prepare import prepare
@@ -70,6 +71,8 @@ class Device:
         DataError
             Where the folder is missing or damaged.
         """
+        if experiment.model.timed and not disk.read_manifest(folder).get("timed", True):
+            raise DataError(f"{folder}: knows no times of events, which model.attention time-aware looks at")
         kept = Accounts(accounts) if on_device(experiment.privacy) else Accounts()
         return cls(experiment, Sequences.open(folder), Catalogue.open(folder), accounts=kept)
 

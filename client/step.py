@@ -11,6 +11,7 @@ from torch import Tensor
 from client.problem import Problem
 from client.rows import Ints
 from common.config import Experiment
+from common.data.holdout import cold_count
 from common.models.alike import Tap
 from common.models.encoder import Moments, dropout_sites, encode
 from common.models.losses import Candidates, build_loss
@@ -66,9 +67,9 @@ def step_loss(
         raise ValueError("nothing to score against")
     else:
         negative = score_all(past, vectors.scored)  # (C, W, N), or I for the whole catalogue
-        unbarred = problem.barred.numel() == 1  # the whole catalogue
-        negative = negative if unbarred else negative.add_(problem.barred)
-    loss = build_loss(experiment.loss, problem.catalogue)
+        if experiment.loss.kind != "softmax" or problem.barred.shape[-1] > 1:
+            negative = negative.add_(problem.barred)
+    loss = build_loss(experiment.loss, problem.catalogue - cold_count(problem.catalogue, experiment.data.cold))
     return loss(Candidates(positive, negative), problem.events[:, step, 1:], mask)
 
 

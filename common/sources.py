@@ -32,6 +32,8 @@ class _Prepared(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> "_Prepared":
+        if self.cold and self.split != "leave-one-out":
+            raise ValueError(f"cold needs split leave-one-out; with {self.split} a last event may be trained on")
         if self.validation_from >= self.test_from:
             raise ValueError("validation_from must be smaller than test_from")
         return self

@@ -7,7 +7,7 @@
 | from train | `UPDATE` arrays | `table` (R, D), `body` (P,), `rows` (R,) int32 unless the whole table moved |
 | | `METRICS` metrics | `user`, `events`, `loss` |
 | from evaluate | `METRICS` metrics | `user`, `rank`, `rank_sampled`; no rank where nothing is held out |
-| from query | `METRICS` metrics | `first`, `users` (who lives there), `population`, `items` |
+| from query | `METRICS` metrics | `first`, `users` (who lives there), `population`, `items`, `rows` of the table |
 | | `ROUND` config | `catalogue` (its version) |
 
 A node that is asked for several users replies with lists in `METRICS`, and its `UPDATE` is the weighted sum of their

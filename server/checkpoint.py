@@ -73,7 +73,9 @@ def save(path: Path, state: State, experiment: Experiment) -> None:
         "clip": state.clip,
     }
     with explained(path):
-        for newer, older in reversed([*pairwise(versions(path, experiment.runtime.checkpoints))]):
+        kept = versions(path, experiment.runtime.checkpoints)
+        shifted = len(kept) > 1 and kept[1].exists() and path.exists() and kept[1].samefile(path)  # then killed
+        for newer, older in [] if shifted else reversed([*pairwise(kept)]):
             _keep(newer, older)
     _write(path, tensors, facts)
 
@@ -83,19 +85,31 @@ def versions(path: Path, count: int) -> list[Path]:
     return [path, *(path.with_suffix(f".{age}{path.suffix}") for age in range(1, count))]
 
 
+def found(path: Path) -> list[Path]:
+    """Checkpoints that are there, the newest first, whatever the configuration said when they were written."""
+    ages = {
+        int(age): older for older in path.parent.glob(f"{path.stem}.*{path.suffix}") if (age := _age(older)).isdigit()
+    }
+    return [path] * path.exists() + [ages[age] for age in sorted(ages)]
+
+
+def _age(path: Path) -> str:
+    return path.stem.rpartition(".")[2]
+
+
 def load_newest(path: Path, experiment: Experiment) -> State:
     """Read the newest checkpoint that is whole; errors as in `load`, of the newest, where none is."""
     faults = []
-    for version in versions(path, experiment.runtime.checkpoints):
-        if version.exists() or version == path:
-            try:
-                state = load(version, experiment)
-            except StateError as fault:
-                faults.append(fault)
-                continue
-            if faults:
-                logging.getLogger(__name__).warning("%s; going on from %s", faults[0], version.name)
-            return state
+    for version in found(path) or [path]:
+        try:
+            state = load(version, experiment)
+        except StateError as fault:
+            faults.append(fault)
+            continue
+        if version != path:
+            why = faults[0] if faults else f"{path}: is not there"
+            logging.getLogger(__name__).warning("%s; going on from %s", why, version.name)
+        return state
     raise faults[0]
 
 

@@ -176,11 +176,11 @@ def _tell_card(folder: Path | None, facts: dict[str, Any]) -> None:
 
 
 def _start(experiment: Experiment, roster: Roster, folder: Path | None, resume: bool) -> State:
-    if not (resume and folder and any(p.exists() for p in checkpoint.versions(folder / CHECKPOINT_FILE, 2))):
+    if not (resume and folder and checkpoint.found(folder / CHECKPOINT_FILE)):
         return State(initialise(experiment.model, roster.rows, experiment.seed))
     state = checkpoint.load_newest(folder / CHECKPOINT_FILE, experiment)
     if len(state.weights.table) != roster.rows:
-        raise StateError(f"{folder}: the checkpoint knows {len(state.weights.table)} items, the data {roster.rows}")
+        raise StateError(f"{folder}: the checkpoint has {len(state.weights.table)} rows, the data {roster.rows}")
     return state
 
 
@@ -295,4 +295,4 @@ def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tu
             yield from found
 
     ranks = strategy.ranks(replies())
-    return ranks, 1 - came / sent if sent else 0.0
+    return ranks, 1 - came / sent if sent else 1.0

@@ -97,4 +97,4 @@ def _ranks(scorer: Scorer, sequences: Sequences, items: int, users: Ints) -> Ran
 
 def _filtered(data: SyntheticData) -> bool:
     """Whether filters may have taken events or items away, so that the law no longer numbers what is left."""
-    return max(data.min_user_events, data.min_item_events) > 1
+    return data.cold > 0 or max(data.min_user_events, data.min_item_events) > 1

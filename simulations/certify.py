@@ -99,12 +99,14 @@ def require_known(experiment: Experiment) -> None:
     Raises
     ------
     UsageError
-        Where that is the loss, or the vectors of items.
+        Where that is the loss, the vectors of items, or that some are cold.
     """
     if experiment.loss.kind not in centralised.LOSSES:
         raise UsageError(f"loss.kind={experiment.loss.kind}: certified are {' and '.join(centralised.LOSSES)}")
     if experiment.model.items != "own":
         raise UsageError(f"model.items={experiment.model.items}: certified are vectors of items' own")
+    if experiment.data.cold:
+        raise UsageError("data.cold: the centralised loop knows all items; certify without it")
 
 
 def parity_mode(experiment: Experiment) -> Experiment:

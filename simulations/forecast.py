@@ -46,6 +46,8 @@ def forecast(
         Size of the catalogue, at least 1.
     mean_length : float
         Mean number of events of a user, held-out ones included.
+    table_rows : int, optional
+        Rows of the model's table, where there are not as many as items.
 
     Returns
     -------
@@ -99,8 +101,6 @@ def expected_rows(experiment: Experiment, items: int, mean_length: float) -> flo
         Size of the catalogue.
     mean_length : float
         Mean number of events of a user, held-out ones included.
-    table_rows : int, optional
-        Rows of the model's table, where there are not as many as items.
 
     Returns
     -------

@@ -8,6 +8,11 @@ from common.seeding import generator
 Ints = NDArray[np.int64]
 
 
+def cold_count(catalogue_size: int, share: float) -> int:
+    """How many items a share of the catalogue is, halves rounded upwards."""
+    return int(share * catalogue_size + 0.5)
+
+
 def cold_items(catalogue_size: int, share: float, seed: int) -> Ints:
     """Draw the items that are held out of training.
 
@@ -32,7 +37,7 @@ def cold_items(catalogue_size: int, share: float, seed: int) -> Ints:
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), not {share}")
-    number = int(share * catalogue_size + 0.5)
+    number = cold_count(catalogue_size, share)
     order = generator(seed, "cold-items").permutation(catalogue_size)
     return np.sort(order[:number]).astype(np.int64)
 

@@ -33,7 +33,9 @@ def prepare(config: DataConfig) -> Path:
         If the source cannot be read, or its filters leave nothing.
     """
     files = [*readers.files(config), *attributes.files(config.features)]
-    sums = {file.name: sha256(file, DataError) for file in files}
+    names = [file.name for file in files]
+    named = (name if names.index(name) == i else f"{name} ({i})" for i, name in enumerate(names))
+    sums = {name: sha256(file, DataError) for name, file in zip(named, files, strict=True)}
     options = config.model_dump(mode="json", exclude={"path"})  # where files lie changes nothing; what they hold does
     key = digest({"format": disk.FORMAT, "options": options, "files": sums})
     target = _cache() / f"{_name(config)}-{key}"
@@ -149,13 +151,17 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     counts = {"users": lengths.height, "items": catalogue.height, "events": frame.height}
     bad = {"count": table.bad_rows, "first_lines": table.bad_lines}
     extras = sorted(disk.EXTRAS.keys() & arrays.keys())
-    return {"read": read, "kept": counts, "bad_rows": bad, "extras": extras, **facts}
+    return {"read": read, "kept": counts, "bad_rows": bad, "extras": extras, "timed": table.timed, **facts}
 
 
 def _without_cold(frame: pl.DataFrame, cold: np.ndarray[Any, np.dtype[np.int64]]) -> pl.DataFrame:
-    """Leave out all events on cold items but those that are somebody's last."""
+    """Leave out all events on cold items but those that will be somebody's test item.
+
+    That is the last event of a user of whom two others are left; with fewer all of a history is trained on.
+    """
     last = pl.int_range(pl.len()).over("user") == pl.len().over("user") - 1
-    return frame.filter(last | ~pl.col("number").is_in(cold.tolist()))
+    warm = ~pl.col("number").is_in(cold.tolist())
+    return frame.filter(warm | (last & (warm.sum().over("user") >= 2)))
 
 
 def _coded(behaviours: pl.Series) -> tuple[Any, list[str]]:

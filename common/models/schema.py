@@ -130,6 +130,12 @@ class ModelConfig(Section):
             raise ValueError(f"position recency biases scores, which {mechanism} does not have; take position learned")
         return self
 
+    @model_validator(mode="after")
+    def _own_rows_are_there(self) -> "ModelConfig":
+        if self.own_dropout and self.items != "both":
+            raise ValueError(f"own_dropout is for items: both; with items: {self.items} it does nothing")
+        return self
+
     @property
     def attends(self) -> int:
         """Blocks of self-attention."""

@@ -88,12 +88,12 @@ class _Entmax15(torch.autograd.Function):
         # included: at −2 it spoils no sums and is still far from the threshold, and only as many need to be sorted
         # as some row has above −1.
         z = (scores - scores.amax(-1, keepdim=True)).div_(2).clamp_(min=-2)
-        ordered = z.topk(int((z > -1).sum(-1).amax()), dim=-1).values
+        ordered = z.topk(max(1, int((z > -1).sum(-1).amax())), dim=-1).values
         size = torch.arange(1, ordered.shape[-1] + 1, dtype=z.dtype, device=z.device)
         mean = ordered.cumsum(-1).div_(size)
         spread = ordered.square().cumsum(-1).addcmul_(mean * size, mean, value=-1)  # squared deviations, summed
         thresholds = mean - (1 - spread).div_(size).clamp_(min=0).sqrt_()  # if the first 1, 2, … were the support
-        support = (thresholds <= ordered).sum(-1, keepdim=True)
+        support = (thresholds <= ordered).sum(-1, keepdim=True).clamp(min=1)  # of a NaN, too
         weights = (z - thresholds.gather(-1, support - 1)).clamp_(min=0).square_()
         ctx.save_for_backward(weights)
         return weights

@@ -168,8 +168,39 @@ def test_cold_items_are_somebodys_last_event_at_most(files):
     for user in USERS:
         events = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
         assert not np.isin(events[:-1], cold).any()
+    trained, _ = sequences.events(USERS, sequences.stops(USERS, "train")[0])
+    assert not np.isin(trained, cold).any()
     _, targets = sequences.stops(USERS, "test")
     assert np.isin(targets, cold).any()
+    assert not np.isin(sequences.stops(USERS, "validation")[1], cold).any()
+
+
+def test_what_is_left_of_a_short_history_is_warm(tmp_path):
+    """With fewer than three events all of a history is trained on, so a cold one may not end it."""
+    cold = cold_items(10, 0.3, 0).tolist()
+    warm = [i for i in range(10) if i not in cold]
+    histories = {
+        "all": [warm[0], *warm],  # so that all are known
+        "long": [warm[0], warm[1], warm[2], cold[0]],
+        "short": [warm[0], cold[1], cold[0]],
+        "cold": [cold[0], cold[1], cold[2]],
+        "two": [warm[3], cold[2]],
+    }
+    order = [*range(10)]
+    lines = [f"first,{i},{t}" for t, i in enumerate(order)]
+    lines += [f"{user},{i},{t}" for user, items in histories.items() for t, i in enumerate(items)]
+    (tmp_path / "x.csv").write_text("user,item,time\n" + "\n".join(lines) + "\n")
+    data = {"kind": "table", "path": str(tmp_path / "x.csv"), "cold": 0.3}
+    folder = prepare(Experiment.model_validate({"name": "x", "data": data}).data)
+    sequences, users = Sequences.open(folder), Sequences.open(folder).user_ids()
+    assert Catalogue.open(folder).item_ids() == [str(i) for i in order]
+    kept = {
+        user: sequences.items[sequences.offsets[n] : sequences.offsets[n + 1]].tolist() for n, user in enumerate(users)
+    }
+    assert kept["long"] == histories["long"]
+    assert kept["short"] == [warm[0]]
+    assert kept["two"] == [warm[3]]
+    assert "cold" not in kept
 
 
 @EACH_LOSS

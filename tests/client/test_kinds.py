@@ -343,3 +343,14 @@ def test_no_parameter_is_dead(kind):
             assert moved.any(1).sum() > 2
         else:
             assert moved.all(), name
+
+
+def test_one_negative_and_one_user_are_barred_as_many_are():
+    """A negative of the user's own counts nowhere, alone as in company."""
+    experiment = world.experiment(loss={"kind": "sampled-softmax", "negatives": 1})
+    negative = int(shared_negatives(experiment.loss, experiment.seed, 1, ITEMS)[0])
+    data = world.sequences([[negative, 1, 2, 3], [4, 5, negative, 6]], held_out=False)
+    weights = world.weights(experiment.model, ITEMS)
+    for user in (0, 1):
+        (updates,) = train(experiment, weights, data, np.array([user]), 1)
+        assert updates.losses.tolist() == [0.0]

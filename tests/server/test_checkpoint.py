@@ -261,6 +261,27 @@ def test_without_any_whole_one_the_newest_ones_fault_is_told(path):
     one_line(path, load_newest, EXPERIMENT, match="truncated")
 
 
+def test_more_or_fewer_may_be_kept_than_before(path):
+    three = world.experiment(runtime={"checkpoints": 3})
+    for round_ in (1, 2, 3):
+        save(path, state(round=round_), three)
+    path.unlink()
+    path.with_name("checkpoint.1.safetensors").unlink()
+    one = world.experiment(runtime={"checkpoints": 1})
+    assert load_newest(path, one).round == 1
+    assert checkpoint.found(path) == [path.with_name("checkpoint.2.safetensors")]
+
+
+def test_a_kill_before_the_new_file_costs_no_older_one(path):
+    three = world.experiment(runtime={"checkpoints": 3})
+    for round_ in (1, 2, 3):
+        save(path, state(round=round_), three)
+    for newer, older in ((1, 2), (0, 1)):  # what `save` does before it writes
+        checkpoint._keep(checkpoint.versions(path, 3)[newer], checkpoint.versions(path, 3)[older])
+    save(path, state(round=4), three)
+    assert kept(path) == {"checkpoint.safetensors": 4, "checkpoint.1.safetensors": 3, "checkpoint.2.safetensors": 2}
+
+
 def test_a_crash_between_the_copy_and_the_new_file_leaves_both_names(path):
     save(path, state(round=1), EXPERIMENT)
     checkpoint._keep(path, checkpoint.versions(path, 2)[1])

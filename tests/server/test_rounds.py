@@ -316,7 +316,7 @@ def test_a_checkpoint_of_another_experiment_or_catalogue(tmp_path):
     with pytest.raises(StateError, match="another experiment"):
         run(setup(seed=5), tmp_path, resume=True)
     grid = InProcessGrid(world.device(setup(), world.sequences(HISTORIES), ITEMS + 1), "vectorized")
-    with pytest.raises(StateError, match="knows 15 items, the data 16"):
+    with pytest.raises(StateError, match="has 15 rows, the data 16"):
         serve(grid, setup(), tmp_path, print, resume=True)
 
 

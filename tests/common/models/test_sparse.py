@@ -88,3 +88,13 @@ def test_entmax_of_many():
     assert 0 < (weights > 0).sum() < 400
     assert not scores.grad[weights == 0].any()
     assert scores.grad.sum(-1).abs().max() < 1e-5  # a shift of all scores changes nothing
+
+
+def test_entmax_of_what_is_no_number_is_no_number_and_the_others_stay():
+    scores = draw(3, 5)
+    whole = entmax15(scores)
+    scores[1] = math.nan
+    found = entmax15(scores)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], whole[[0, 2]])
+    assert entmax15(torch.full((2, 3), math.nan)).isnan().all()
