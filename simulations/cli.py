@@ -1,5 +1,6 @@
 """The command `hushrec`: verbs only. Torch and Flower are imported by the verbs that need them: help comes at once."""
 
+import csv
 import os
 import shlex
 import signal
@@ -170,7 +171,7 @@ def recommend(
     folder: RunDir,
     user: Annotated[str | None, typer.Option(help="Somebody in the data.", show_default=False)] = None,
     history: Annotated[
-        str | None, typer.Option(help="ITEM,ITEM,… in time order, for anybody.", show_default=False)
+        str | None, typer.Option(help="ITEM,ITEM,… in time order, by id or title, for anybody.", show_default=False)
     ] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 10,
     as_json: AsJson = False,
@@ -181,7 +182,7 @@ def recommend(
     from simulations.inference import Trained
 
     trained = Trained(folder)
-    items = trained.for_user(user, k) if user is not None else trained.for_history(_items(history or ""), k)
+    items = trained.for_user(user, k) if user is not None else trained.for_history(_quoted(history or ""), k)
     if as_json:
         print_json({"user": user, "items": items})
     else:
@@ -337,5 +338,10 @@ def _train(
         raise kind(f"{why}; go on with: {command}") from stop
 
 
-def _items(history: str) -> list[str]:
-    return [item.strip() for item in history.split(",") if item.strip()]
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _quoted(text: str) -> list[str]:
+    """Names between commas; one that has commas itself stands in quotes."""
+    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), []) if name.strip()]

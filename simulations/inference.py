@@ -66,17 +66,17 @@ class Trained:
             return self._top(mask_seen(scored, self.device.sequences, user, stops)[0], k)
         raise StateError(f"user {user_id} has no events")
 
-    def for_history(self, item_ids: Sequence[str], k: int) -> list[dict[str, Any]]:
-        """Top k for somebody who is not in the data, from item ids in time order.
+    def for_history(self, names: Sequence[str], k: int) -> list[dict[str, Any]]:
+        """Top k for somebody who is not in the data, from items in time order, by id or title.
 
         Raises
         ------
         DataError
-            Where an item is not in the catalogue.
+            Where an item is not in the catalogue, or its name may mean several.
         """
-        if not item_ids:
+        if not names:
             raise UsageError("--history: name at least one item, in time order, separated by commas")
-        history = [self.device.catalogue.index_of(item_id) for item_id in item_ids]
+        history = [self.device.catalogue.find(name) for name in names]
         model = self.device.experiment.model
         window = torch.tensor([history[-model.max_length :]])
         with torch.no_grad():

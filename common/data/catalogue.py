@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from common.data import folder as disk
 from common.data.names import unknown
+from common.errors import DataError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -93,3 +94,25 @@ class Catalogue:
             return ids.index(item_id)
         except ValueError:
             raise unknown("item", item_id, ids) from None
+
+    def find(self, name: str) -> int:
+        """Find the number of an item by its id, its title, or a part of a title that no other has; case is no matter.
+
+        Raises
+        ------
+        DataError
+            If there is none, with the nearest spelling, or if there are several, with some of them.
+        """
+        ids = self.item_ids()
+        if name in ids or "title" not in self._table.columns or not name:
+            return self.index_of(name)
+        titles, wanted = self.titles(), name.casefold()
+        folded = [title.casefold() for title in titles]
+        found = [i for i, title in enumerate(folded) if title == wanted]
+        found = found or [i for i, title in enumerate(folded) if wanted in title]
+        if not found:
+            raise unknown("item", name, [*titles, *ids])
+        if len(found) > 1:
+            some = ", ".join(f"{titles[i]!r} ({ids[i]})" for i in found[:3])
+            raise DataError(f"item {name!r} may be one of {len(found)}, such as {some}; name one of them, or its id")
+        return found[0]

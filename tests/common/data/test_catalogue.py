@@ -67,3 +67,34 @@ def test_catalogue_that_does_not_fit(catalogue, source):
     (other / "catalogue.parquet").replace(catalogue.folder / "catalogue.parquet")
     with pytest.raises(DataError, match="has 1 rows, expected 3"):
         catalogue.titles()
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("5", 1), ("7", 0), ("12", 2), ("Empty", 0), ("heat, the (1995)", 1), ("HEAT", 1), ("mpt", 0)]
+)
+def test_an_item_is_found_by_id_title_or_what_only_its_title_has(catalogue, name, number):
+    assert catalogue.find(name) == number
+
+
+def test_a_name_that_may_mean_several_or_none(catalogue):
+    with pytest.raises(DataError, match=r"item 'E' may be one of 2, such as 'Empty' \(7\), 'Heat, The \(1995\)' \(5\)"):
+        catalogue.find("E")
+    with pytest.raises(DataError, match="no item 'Emptx'; did you mean 'Empty'"):
+        catalogue.find("Emptx")
+    with pytest.raises(DataError, match="no item ''"):
+        catalogue.find("")
+
+
+def test_a_whole_title_comes_before_a_part_of_another(source):
+    source("movielens", "movies.csv", "movieId,title,genres\n5,Alien,x\n7,Aliens,x\n")
+    catalogue = Catalogue.open(
+        prepare(source("movielens", "ratings.csv", "userId,movieId,rating,timestamp\n1,7,4.0,1\n1,5,3,2\n"))
+    )
+    assert catalogue.find("alien") == catalogue.index_of("5")
+
+
+def test_without_titles_ids_are_looked_at_whole(source):
+    catalogue = Catalogue.open(prepare(source("pairs", "p.txt", "a guitar\na piano\n")))
+    assert catalogue.find("piano") == 1
+    with pytest.raises(DataError, match="did you mean 'guitar'"):
+        catalogue.find("guita")
