@@ -24,15 +24,15 @@ from common.wire import REFUSED
 def discreet(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """A mod: what goes wrong here is told in the log of this node; the server hears what is meant for people.
 
-    That is our own errors' text without the paths, which are nobody's business, and nothing but a name of all others,
-    and of all where devices do not trust the server.
+    That is our own errors' text without the paths, which are nobody's business, and of all others the name alone;
+    where devices do not trust the server, of those about data, too, since they count events.
     """
     try:
         return call_next(message, context)
     except Exception as fault:
         logging.getLogger(__name__).exception("a message of the server cannot be answered")
         reason = type(fault).__name__
-        if isinstance(fault, HushrecError) and _trusts(context):
+        if isinstance(fault, UsageError) or (isinstance(fault, HushrecError) and _trusts(context)):
             text = str(fault)
             for folder in sorted(_folders(context), key=len, reverse=True):
                 text = text.replace(folder, "…")

@@ -6,17 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from common.config import FederationConfig
 from common.models.weights import Weights
 from common.wire import LARGEST, METRICS, UPDATE, Pending, number, payload_bytes, pending_of, record, whole_number
-from server.exchange import one_line
+from server.exchange import Rejected, one_line
 from server.roster import Roster
-
-ROOM = 2**14
-"""Bytes that a user may say beside the numbers of its update: headers, names, reasons."""
 
 
 class Explicit(NamedTuple):
@@ -50,10 +47,6 @@ class Reply(NamedTuple):
     """Rounds that the user has taken part in, this one included, where devices keep accounts; else 0."""
 
 
-class Rejected(Exception):  # noqa: N818 - a verdict on one reply, never raised further
-    """A reply that must not enter the sum, and why."""
-
-
 def check(message: Message, weights: Weights, roster: Roster, silent: bool = False) -> Reply:
     """Read one user's reply and hold it against the global weights.
 
@@ -85,31 +78,6 @@ def check(message: Message, weights: Weights, roster: Roster, silent: bool = Fal
     except Exception as fault:  # numpy reads headers as Python, so a stranger's bytes can raise nearly anything
         raise Rejected(f"malformed: {type(fault).__name__}") from fault
     return checked(said, update, size, message.metadata.src_node_id, weights, roster, silent)
-
-
-def bounded(message: Message, weights: Weights, users: int) -> None:
-    """Hold a reply's size against what so many users could have to say, before any of it is read.
-
-    Raises
-    ------
-    Rejected
-        Where it is larger.
-    """
-    items, numbers = len(weights.table), weights.table.numel() + weights.body.numel()
-    if _size(message.content) > users * (4 * (numbers + items) + ROOM) + ROOM:
-        raise Rejected("more bytes than its users could have to say")
-
-
-def _size(content: RecordDict) -> int:
-    total = 0
-    for name, entries in content.items():
-        total += len(name)
-        for key, value in entries.items():
-            sized = value.data if isinstance(value, Array) else value
-            width = 8 if isinstance(sized, list) else 1
-            total += len(key) + (width * len(sized) if isinstance(sized, bytes | str | list) else 8)
-            total += sum(len(each) for each in sized if isinstance(each, bytes | str)) if isinstance(sized, list) else 0
-    return total
 
 
 class Facts(NamedTuple):

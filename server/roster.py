@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from common.errors import StateError, TooFewNodes
 from common.wire import METRICS, ROUND, record, whole_number
-from server.exchange import answered, exchange, one_line
+from server.exchange import Rejected, answered, bounded, exchange, one_line
 
 ABSENT = 0
 """Node of a user whose node never came; Flower gives no node that number."""
@@ -197,7 +197,10 @@ def ask(grid: Grid, nodes: Sequence[int], fingerprint: str, timeout: float) -> t
             said[node] = one_line(reply.error.reason)
             continue
         try:
+            bounded(reply.content, 1)
             said[node] = _read(node, reply.content)
+        except Rejected as verdict:
+            said[node] = str(verdict)
         except (KeyError, TypeError, ValueError) as fault:
             said[node] = f"nonsense when asked who lives there ({fault})"
     verdicts = {node: said[node] for node in nodes if node in said}

@@ -15,9 +15,7 @@ from common.wire import LARGEST, METRICS, ROUND, UPDATE, number, of_user, record
 from server.aggregation import (
     Explicit,
     Facts,
-    Rejected,
     Reply,
-    bounded,
     check,
     check_numbers,
     checked,
@@ -26,7 +24,7 @@ from server.aggregation import (
     norm,
     summed_numbers,
 )
-from server.exchange import one_line
+from server.exchange import Rejected, bounded, one_line
 from server.robust import is_sparse
 from server.roster import Roster
 
@@ -169,7 +167,10 @@ def admit(
                 raise Rejected("of another round")
             shared, node = terms.roster.shared(message.metadata.src_node_id), message.metadata.src_node_id
             if terms.roster.online is not None and not message.has_error():
-                bounded(message, terms.weights, len(terms.roster.answers[node].users) if shared else 1)
+                users = len(terms.roster.answers[node].users) if shared else 1
+                updates = users if terms.federation.shards == "users" else 1
+                numbers = terms.weights.table.numel() + terms.weights.body.numel() + len(terms.weights.table)
+                bounded(message.content, users, updates * numbers)
             if shared:
                 found, left_out = take_apart(message, terms)
             else:

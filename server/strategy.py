@@ -23,7 +23,7 @@ from common.timing import phase
 from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, record, whole_number
 from server.curator import Curator
 from server.curator import curator as curator_of
-from server.exchange import one_line
+from server.exchange import Rejected, bounded, one_line
 from server.optimizers import ServerOptimizer
 from server.roster import Roster, messages
 from server.shard import Terms, admit, ranks_of, refusals
@@ -132,6 +132,12 @@ class FederatedRanking(Strategy):
             if reply.has_error():
                 rejected[one_line(reply.error.reason)] += 1
                 continue
+            if self.roster.online is not None:
+                try:
+                    bounded(reply.content, self._judged[node] if shared else 1)
+                except Rejected as verdict:
+                    rejected[str(verdict)] += 1
+                    continue
             if shared:
                 with suppress(KeyError, TypeError):
                     rejected += refusals(reply, self._judged[node])

@@ -18,7 +18,7 @@ from client.evaluation import rank
 from client.handlers import HANDLERS, handle_evaluate, handle_query, handle_train
 from client.training import Updates
 from common.data.prepare import prepare
-from common.errors import DataError
+from common.errors import DataError, UsageError
 from common.models.weights import Weights
 from common.wire import METRICS, REFUSED, ROUND, UPDATE, pending_of
 from tests.support import records, world
@@ -273,6 +273,27 @@ def test_a_node_in_trouble_names_none_of_its_folders(here, fault, said, monkeypa
     reply = app(ask(here, "train", [1])[0], context(here, **{PARTITION: 1}))
     assert reply.error.reason == said
     assert "ann" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (DataError("offsets.npy runs from 0 to 137, expected 0 to 140"), "DataError"),
+        (UsageError("no 'state-path' in the node config"), "UsageError: no 'state-path' in the node config"),
+    ],
+)
+def test_a_node_that_trusts_nobody_counts_no_events_in_its_troubles(fault, said, monkeypatch):
+    sections = {"privacy": {"kind": "local", "noise_multiplier": 1.0, "rng": "reproducible"}}
+    sections |= {"federation": {"weighting": "uniform"}, "evaluation": {"privacy": "unaccounted"}}
+    experiment = world.experiment(**sections)
+    there = SimpleNamespace(experiment=experiment, weights=world.weights(experiment.model, ITEMS))
+
+    def breaks(*given):
+        raise fault
+
+    monkeypatch.setattr(sys.modules["client.app"], "user_of", breaks)
+    reply = app(ask(there, "train", [1])[0], context(there, **{PARTITION: 1}))
+    assert reply.error.reason == said
 
 
 def test_the_user_of_a_node(here):

@@ -308,3 +308,38 @@ def test_a_flood_is_not_even_read(folder):
     for name in (name for name in WHOLE if name.startswith("a flood")):
         lines = train_lines(disturbed(given, folder, WHOLE[name]).lines)
         assert [line["reasons"] for line in lines] == [{"more bytes than its users could have to say": 1}] * 2
+
+
+FLOODS = {"x": ConfigRecord({"x": b"x" * 10**6})}
+
+
+def test_a_flood_of_ranks_is_not_read(folder):
+    """The node is left out of the ranking, and the others are ranked as ever."""
+    given = experiment(federation=SILENT)
+    calm = run(given, Network(given, folder))
+    network = Network(given, folder)
+    network.trouble = lambda place, message: (
+        (lambda reply: with_records(reply, FLOODS))
+        if (place, message.metadata.message_type) == (LARGE, "evaluate")
+        else None
+    )
+    got = run(given, network)
+    for seen, whole in zip(got.ranks, calm.ranks, strict=True):
+        assert np.isnan(seen[0][4:]).all()
+        np.testing.assert_array_equal(seen[0][:4], whole[0][:4])
+    assert all(line["reasons"] == {"more bytes than its users could have to say": 1} for line in validations(got.lines))
+
+
+def validations(lines):
+    return [line for line in lines if line["kind"] == "validation"]
+
+
+def test_a_flood_for_an_introduction_is_not_read(folder):
+    given = experiment(federation=SILENT)
+    network = Network(given, folder)
+    network.trouble = lambda place, message: (
+        (lambda reply: with_records(reply, FLOODS)) if (place, message.metadata.message_type) == (0, "query") else None
+    )
+    roster = Roster.discover(network, experiment_hash(given), quorum=0.9)
+    assert roster.refused == {network.ids[0]: "more bytes than its users could have to say"}
+    assert roster.present(np.arange(12)).tolist() == list(range(1, 12))
