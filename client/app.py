@@ -15,7 +15,7 @@ from client import shard
 from client.accounts import accounts_of, kept_by, store
 from client.device import Device, user_of, users_of
 from client.handlers import handle_evaluate, handle_query, handle_train, introduction
-from common.errors import HushrecError, UsageError
+from common.errors import DataError, HushrecError, UsageError
 from common.privacy.schema import ExampleLevel, on_device
 from common.run_config import experiment_of
 from common.wire import REFUSED
@@ -32,11 +32,11 @@ def discreet(message: Message, context: Context, call_next: ClientAppCallable) -
     except Exception as fault:
         logging.getLogger(__name__).exception("a message of the server cannot be answered")
         reason = type(fault).__name__
-        if isinstance(fault, UsageError) or (isinstance(fault, HushrecError) and _trusts(context)):
+        if isinstance(fault, HushrecError) and (not isinstance(fault, DataError) or _trusts(context)):
             text = str(fault)
             for folder in sorted(_folders(context), key=len, reverse=True):
                 text = text.replace(folder, "…")
-            reason += f": {_PATH.sub('…', text)}"
+            reason += f": {re.sub('…+', '…', _PATH.sub('…', text))}"
         return Message(Error(code=REFUSED, reason=reason), reply_to=message)
 
 

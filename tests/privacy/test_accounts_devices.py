@@ -68,6 +68,11 @@ def test_the_line_is_on_the_disk_before_anybody_trains(kind, path, monkeypatch):
     assert lines(path) == [{"round": round_, "users": [0, 2], "terms": told} for round_ in (1, 2)]
 
 
+def told(reply, why):
+    """Whether it says so, and nothing else."""
+    return reply.has_error() and not reply.has_content() and why in reply.error.reason
+
+
 @KINDS
 def test_training_that_breaks_off_has_been_paid_for(kind, path):
     """A crash can only over-count."""
@@ -99,11 +104,11 @@ def test_a_full_disk_lets_nothing_leave(kind, way, path, monkeypatch):
     here = context(experiment, path.parent)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StateError, match=f"{ACCOUNTS_FILE}: the disk is full"):
-            if way == "by hand":
+        if way == "by hand":
+            with pytest.raises(StateError, match=f"{ACCOUNTS_FILE}: the disk is full"):
                 alone.replies(experiment, device, [0])
-            else:
-                asked(experiment, here)
+        else:
+            assert told(asked(experiment, here), "StateError: …: the disk is full")
     assert path.read_bytes() == before
     assert trained == [1]
     assert alone.said(asked(experiment, here))["participations"] == 2
@@ -219,8 +224,7 @@ def test_a_damaged_account_lets_nothing_leave_through_the_app(here, path):
     with path.open("a") as file:
         file.write("hello\n")
     for _ in range(2):
-        with pytest.raises(StateError, match=f"{ACCOUNTS_FILE}:2:"):
-            asked(experiment, context(experiment, path.parent))
+        assert told(asked(experiment, context(experiment, path.parent)), "StateError: …:2: ")
 
 
 def test_an_open_federation_keeps_no_account(path):
@@ -245,5 +249,4 @@ def test_a_context_of_other_terms_is_refused(here):
     asked(first, kept)
     later = Context(1, 2, kept.node_config, kept.state, context(other).run_config)
     here(other)
-    with pytest.raises(StateError, match="other terms"):
-        asked(other, later)
+    assert told(asked(other, later), "other terms")
