@@ -79,6 +79,29 @@ def multi_head(qkv: Tensor, heads: int, setting: Setting) -> Tensor:
     return merged
 
 
+def attention_weights(qkv: Tensor, heads: int, setting: Setting) -> Tensor:
+    """What each position takes from where, of any mechanism: what it makes of values that name their position.
+
+    Parameters
+    ----------
+    qkv, heads, setting
+        As in `multi_head`.
+
+    Returns
+    -------
+    Tensor
+        ``(C, H, L, L)``; each row sums to 1, the future has 0.
+    """
+    c, length, width = qkv.shape
+    split = qkv.view(c, length, 3, heads, width // (3 * heads))  # (C, L, 3, H, K)
+    query, key, _ = split.permute(2, 0, 3, 1, 4)
+    names = torch.eye(length).expand(c, heads, length, length)
+    if "interval_value" in setting.own:  # intervals have values too, which name nobody
+        buckets = setting.own["interval_value"].shape[-2]
+        setting = setting._replace(own={**setting.own, "interval_value": torch.zeros(buckets, length)})
+    return MECHANISMS[setting.config.kind](query, key, names, setting)
+
+
 def _given(buckets: Tensor | None) -> Tensor:
     if buckets is None:
         raise ValueError("attention time-aware wants the times of events")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.models.attention import Setting, multi_head, recency_bias
+from common.models.attention import Setting, attention_weights, multi_head, recency_bias
 from common.models.fronts import front
 from common.models.linear import layer_norm, linear
 from common.models.mixing import interval_buckets
@@ -34,6 +34,7 @@ def encode(
     x: Tensor,
     masks: Tensor | None = None,
     moments: Moments | None = None,
+    watched: list[Tensor] | None = None,
 ) -> Tensor:
     """Hidden state after each event: what the user may want next (Kang & McAuley, ICDM 2018; pre-LN).
 
@@ -53,6 +54,8 @@ def encode(
         draws the same masks.
     moments : Moments, optional
         When; looked at where ``config.timed``.
+    watched : list of Tensor, optional
+        Each block's attention weights are put here, ``(C, H, L, L)``, to be looked at.
 
     Returns
     -------
@@ -79,7 +82,10 @@ def encode(
     for block in range(config.attends):
         p = _of(f"blocks.{block}", parameters)
         h = layer_norm(x, p["norm1.weight"], p["norm1.bias"])
-        h = multi_head(linear(h, p["qkv.weight"]), config.heads, Setting(config.attention, p, bias, buckets))
+        qkv, setting = linear(h, p["qkv.weight"]), Setting(config.attention, p, bias, buckets)
+        if watched is not None:
+            watched.append(attention_weights(qkv, config.heads, setting))
+        h = multi_head(qkv, config.heads, setting)
         x = add_dropped(x, linear(h, p["out.weight"], p["out.bias"]), 2 * block + 1)
         if not config.ffn:
             continue
