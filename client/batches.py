@@ -12,7 +12,7 @@ from common.models.schema import ModelConfig
 from common.seeding import uniform_integers
 
 Ints = NDArray[np.int64]
-CHUNK_USERS, CHUNK_EVENTS, CHUNK_BYTES = 128, 1600, 256 * 2**20
+CHUNK_USERS, CHUNK_EVENTS, CHUNK_BYTES = 128, 2400, 256 * 2**20
 """Bounds on a chunk: enough to fill a core, little enough for its caches and for several workers to share a cohort."""
 
 

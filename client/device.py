@@ -53,8 +53,7 @@ class Device:
     @property
     def rows(self) -> int:
         """Rows of the table that the model has here."""
-        built = self.experiment.model.items != "own"
-        return table_rows(self.experiment, self.catalogue.folder) if built else self.catalogue.items
+        return table_rows(self.experiment, self.catalogue)
 
     def damaged(self, users: Sequence[int]) -> set[int]:
         """Which of these users have events on items outside the catalogue; reads only theirs."""

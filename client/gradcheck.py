@@ -99,7 +99,7 @@ def _only(problem: Problem, e: int) -> Problem:
         counts=problem.counts[e : e + 1],
         events=problem.events[e : e + 1],
         private=None if problem.private is None else problem.private[e : e + 1],
-        barred=part(problem.barred),
+        barred=None if problem.barred is None else part(problem.barred),
     )
 
 

@@ -139,10 +139,12 @@ def losses(experiment: Experiment, module: Callable[..., Candidates], problem: P
     elif problem.rows is not None:
         negatives = torch.from_numpy(problem.rows[:, : problem.negatives]).contiguous()
     found = module(events, negatives, private, masks)
-    barred = problem.barred[:, 0] if private else problem.barred
+    negative = found.negative
+    if problem.barred is not None:
+        negative = negative + (problem.barred[:, 0] if private else problem.barred)
     mask = torch.from_numpy(np.arange(1, width + 1) < problem.windows.lengths[:, :1])
     loss = build_loss(experiment.loss, problem.catalogue)
-    return loss(Candidates(found.positive, found.negative + barred), events[:, 1:], mask)
+    return loss(Candidates(found.positive, negative), events[:, 1:], mask)
 
 
 def hooked(experiment: Experiment, weights: Weights, problem: Problem) -> Weights:

@@ -40,9 +40,9 @@ class Problem(NamedTuple):
     """Table rows of one negative per position, ``(C, S, W)``, for `bce`."""
     catalogue: int
     """Number of items I."""
-    barred: Tensor
+    barred: Tensor | None
     """−inf where a negative is one of the user's training items, else 0: ``(C, 1, N)`` or ``(C, S, W, 1)``; for
-    `softmax` where an item is cold, ``(1, 1, I)``, if any is."""
+    `softmax` where an item is cold, ``(1, 1, I)``, and none where none is."""
     mixture: Mixture | None = None
     """What items are made of, where they have no row each; all other indices are those of items then."""
     scored: Tensor | None = None
@@ -96,8 +96,10 @@ def pose(
     cold = cold_items(catalogue, experiment.data.cold, 0)  # in training there are no such items
     c, s, w = events.shape[0], events.shape[1], events.shape[2] - 1
     if loss.kind == "softmax":
-        barred = torch.zeros(1, 1, catalogue if len(cold) else 1)
-        barred[..., torch.from_numpy(cold)] = -torch.inf
+        barred = None
+        if len(cold):
+            barred = torch.zeros(1, 1, catalogue)
+            barred[..., torch.tensor(cold)] = -torch.inf
         counts = np.full(c, catalogue if mixture is None else mixture.rows)
         whole = Problem(chunk, None, counts, torch.from_numpy(events), 0, None, catalogue, barred, mixture)
         return whole, whole

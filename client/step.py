@@ -61,13 +61,13 @@ def step_loss(
     past = history(model, parameters, encode(model, parameters, vectors.events[:, :-1], masks, moments))
     positive = score_each(past, vectors.events[:, 1:])  # (C, W)
     if vectors.private is not None:
-        other = score_each(past, vectors.private)
-        negative = other.unsqueeze(-1) + problem.barred[:, step]  # (C, W, 1)
+        negative = score_each(past, vectors.private).unsqueeze(-1)  # (C, W, 1)
+        negative = negative if problem.barred is None else negative + problem.barred[:, step]
     elif vectors.scored is None:
         raise ValueError("nothing to score against")
     else:
         negative = score_all(past, vectors.scored)  # (C, W, N), or I for the whole catalogue
-        if experiment.loss.kind != "softmax" or problem.barred.shape[-1] > 1:
+        if problem.barred is not None:
             negative = negative.add_(problem.barred)
     loss = build_loss(experiment.loss, problem.catalogue - cold_count(problem.catalogue, experiment.data.cold))
     return loss(Candidates(positive, negative), problem.events[:, step, 1:], mask)

@@ -213,8 +213,7 @@ def _read(node: int, content: RecordDict) -> Answer:
     first, users, population = (whole_number(facts, name) for name in ("first", "users", "population"))
     if not (first >= 0 and users > 0 and first + users <= population <= MOST_USERS):
         raise ValueError(f"users {first} … {first + users - 1} of {population}")
-    items = whole_number(facts, "items")
-    rows = whole_number(facts, "rows") if "rows" in facts else items
+    items, rows = whole_number(facts, "items"), whole_number(facts, "rows")
     if items < 1 or not 1 <= rows <= MOST_ROWS:
         raise ValueError(f"{items} items of {rows} rows")
     return Answer(node, range(first, first + users), population, items, str(told["catalogue"])[:64], rows)

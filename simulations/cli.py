@@ -111,11 +111,13 @@ def show(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     experiment = read_experiment(config, overrides)
     if not as_json:
         typer.echo(dump(experiment))
+    from common.data.catalogue import Catalogue
     from common.data.itemrows import table_rows
     from common.data.prepare import describe, prepare
     from simulations.forecast import forecast, render
 
-    kept, rows = describe(experiment.data)["kept"], table_rows(experiment, prepare(experiment.data))
+    kept = describe(experiment.data)["kept"]
+    rows = table_rows(experiment, Catalogue.open(prepare(experiment.data)))
     cost = forecast(experiment, kept["users"], kept["items"], kept["events"] / kept["users"], rows)
     from common.privacy.card import planned
 

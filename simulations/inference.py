@@ -52,6 +52,11 @@ class Trained:
         """The model that validation chose."""
         return load_model(self.folder / MODEL_FILE, self.device.experiment, self.device.rows)
 
+    @cached_property
+    def built(self) -> Weights:
+        """The same, its table that of the items' vectors ``(I, D)``."""
+        return of_items(self.device.experiment, self.weights, self.device.sequences)
+
     def for_user(self, user_id: str, k: int) -> list[dict[str, Any]]:
         """Top k for somebody in the data, from all of their events; items that they had are left out.
 
@@ -81,8 +86,7 @@ class Trained:
         window = torch.tensor([history[-model.max_length :]])
         with torch.no_grad():
             times = torch.arange(window.shape[1]).unsqueeze(0) if model.timed else None  # none are known: evenly
-            made = of_items(self.device.experiment, self.weights, self.device.sequences)
-            scored = final_scores(model, made, window, torch.tensor([window.shape[1]]), times)[0]
+            scored = final_scores(model, self.built, window, torch.tensor([window.shape[1]]), times)[0]
         scored[torch.tensor(history)] = -torch.inf
         return self._top(scored, k)
 

@@ -3,7 +3,6 @@
 No user's events are read, so the server may open all this.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from common.data import folder as disk
 from common.data import text
 from common.data.catalogue import Catalogue
 from common.data.names import unknown
+from common.data.paths import resolve
 from common.errors import DataError
 from common.features import ItemFeatures, VectorsFeature
 from common.files import read_json
@@ -55,7 +55,7 @@ def gather(catalogue: Catalogue, config: ItemFeatures) -> dict[str, Column]:
         If a file cannot be read or is not of the form described in `ItemFeatures`, if a column is missing, if an item
         comes twice, or if no item of a file is one of the catalogue's.
     """
-    table, place = catalogue._table, str(catalogue.folder / disk.CATALOGUE)
+    table, place = catalogue.table, str(catalogue.folder / disk.CATALOGUE)
     wanted = [feature.read for feature in config.columns if not isinstance(feature, VectorsFeature)]
     source, found = pl.DataFrame(), Path()
     if config.source is not None:
@@ -64,7 +64,7 @@ def gather(catalogue: Catalogue, config: ItemFeatures) -> dict[str, Column]:
     columns = {}
     for feature in config.columns:
         if isinstance(feature, VectorsFeature):
-            path = _find("path", feature.path)
+            path = _find("columns.path", feature.path)
             values, at = _vectors(table["item"], path), str(path)
         elif feature.read in source.columns:
             values, at = source[feature.read], str(found)
@@ -81,22 +81,17 @@ def gather(catalogue: Catalogue, config: ItemFeatures) -> dict[str, Column]:
 def files(config: ItemFeatures) -> list[Path]:
     """All files that features are read from; errors as in `gather`."""
     named = [] if config.source is None else [("source", config.source)]
-    named += [("path", feature.path) for feature in config.columns if isinstance(feature, VectorsFeature)]
+    named += [("columns.path", feature.path) for feature in config.columns if isinstance(feature, VectorsFeature)]
     found = [_find(key, path) for key, path in named]
     return found + [path.with_suffix(".items") for path in found if path.suffix == ".npy"]
 
 
 def _find(key: str, path: str) -> Path:
-    """Look where data paths are looked for; `common.data.readers`, which opens events, stays out of the server."""
-    places = [Path(os.path.expanduser(root)) for root in (os.environ.get("HUSHREC_DATA"), str(Path.cwd())) if root]
-    tried = list(dict.fromkeys(place / os.path.expanduser(path) for place in places))  # absolute paths stay themselves
-    for candidate in tried:
-        if os.path.isfile(candidate):
-            return candidate
-    nowhere = " nor ".join(map(str, tried))
-    raise DataError(
-        f"item features, {key}: no file {nowhere}; set HUSHREC_DATA to the folder that holds it, or correct {key}"
-    )
+    place = f"data.features.{key}"
+    found = resolve(path, place)
+    if not found.is_file():
+        raise DataError(f"{place}: {found} is no file; name one")
+    return found
 
 
 def _joined(items: pl.Series, rows: pl.DataFrame, path: Path) -> pl.DataFrame:

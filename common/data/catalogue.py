@@ -48,16 +48,17 @@ class Catalogue:
         return cls(folder, manifest["kept"]["users"], manifest["kept"]["items"], manifest["digest"])
 
     @cached_property
-    def _table(self) -> "pl.DataFrame":
+    def table(self) -> "pl.DataFrame":
+        """All that is known of the items, one a row, in the order of their numbers: ``item``, perhaps more columns."""
         import polars as pl
 
         try:
-            table = pl.read_parquet(self.folder / disk.CATALOGUE)
+            found = pl.read_parquet(self.folder / disk.CATALOGUE)
         except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise disk.damaged(self.folder, f"{disk.CATALOGUE}: {error}") from None
-        if table.height != self.items or "item" not in table.columns:
-            raise disk.damaged(self.folder, f"{disk.CATALOGUE} has {table.height} rows, expected {self.items}")
-        return table
+        if found.height != self.items or "item" not in found.columns:
+            raise disk.damaged(self.folder, f"{disk.CATALOGUE} has {found.height} rows, expected {self.items}")
+        return found
 
     @cached_property
     def version(self) -> str:
@@ -67,19 +68,19 @@ class Catalogue:
 
     def item_ids(self) -> list[str]:
         """Ids of all items, as in the source, in the order of their numbers."""
-        return self._table["item"].to_list()
+        return self.table["item"].to_list()
 
     def titles(self) -> list[str]:
         """Titles of all items; where none is known, the id."""
-        if "title" not in self._table.columns:
+        if "title" not in self.table.columns:
             return self.item_ids()
-        return self._table["title"].fill_null(self._table["item"]).to_list()
+        return self.table["title"].fill_null(self.table["item"]).to_list()
 
     def genres(self) -> list[list[str]]:
         """Genres of all items; an empty list where none is known."""
-        if "genres" not in self._table.columns:
+        if "genres" not in self.table.columns:
             return [[] for _ in range(self.items)]
-        return [genres or [] for genres in self._table["genres"].to_list()]
+        return [genres or [] for genres in self.table["genres"].to_list()]
 
     def index_of(self, item_id: str) -> int:
         """Find the number of the item with that id.
@@ -104,7 +105,7 @@ class Catalogue:
             If there is none, with the nearest spelling, or if there are several, with some of them.
         """
         ids = self.item_ids()
-        if name in ids or "title" not in self._table.columns or not name:
+        if name in ids or "title" not in self.table.columns or not name:
             return self.index_of(name)
         titles, wanted = self.titles(), name.casefold()
         folded = [title.casefold() for title in titles]

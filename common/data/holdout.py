@@ -1,5 +1,7 @@
 """Items that training never sees, to measure how well a recommender ranks items that are new (cold start)."""
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,8 +40,16 @@ def cold_items(catalogue_size: int, share: float, seed: int) -> Ints:
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), not {share}")
     number = cold_count(catalogue_size, share)
-    order = generator(seed, "cold-items").permutation(catalogue_size)
-    return np.sort(order[:number]).astype(np.int64)
+    return _drawn(catalogue_size, number, seed)
+
+
+@lru_cache(maxsize=4)
+def _drawn(catalogue_size: int, number: int, seed: int) -> Ints:
+    if not number:
+        return np.zeros(0, dtype=np.int64)  # asked for once a chunk, so without a draw
+    items: Ints = np.sort(generator(seed, "cold-items").permutation(catalogue_size)[:number]).astype(np.int64)
+    items.setflags(write=False)
+    return items
 
 
 def concerning(items: NDArray[np.integer], cold: Ints) -> NDArray[np.bool_]:
@@ -58,27 +68,3 @@ def concerning(items: NDArray[np.integer], cold: Ints) -> NDArray[np.bool_]:
     """
     # The table's size is that of the catalogue; sorting, the other way, would cost E log E.
     return np.isin(items, cold, kind="table")
-
-
-def without(items: NDArray[np.int32], offsets: Ints, cold: Ints) -> tuple[NDArray[np.int32], Ints]:
-    """Leave the events on cold items out; users stay, maybe with no event at all.
-
-    Parameters
-    ----------
-    items : (E,) int32
-        Items of all events.
-    offsets : (U+1,) int64
-        Events of user u are ``[offsets[u], offsets[u+1])``.
-    cold : (n,) int64
-        From `cold_items`.
-
-    Returns
-    -------
-    items : (E',) int32
-        Those that stay, in their order.
-    offsets : (U+1,) int64
-        Their bounds. Any other place p in the array moves in the same way, to the number of events kept before it.
-    """
-    warm = ~concerning(items, cold)
-    before = np.concatenate([[0], np.cumsum(warm, dtype=np.int64)])  # (E+1,) events kept before each place
-    return items[warm], before[offsets]

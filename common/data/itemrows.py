@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from common.config import Experiment
 from common.data import folder as disk
+from common.data.catalogue import Catalogue
 from common.data.encoders.encoded import Bags
 from common.errors import DataError
 from common.files import write_json
@@ -110,18 +111,22 @@ def load(folder: Path) -> ItemRows | None:
     return ItemRows(offsets, rows, weights, size)
 
 
-def table_rows(experiment: Experiment, folder: Path) -> int:
-    """Rows of the table that a model of a prepared folder's items has; reads the manifest alone.
+def table_rows(experiment: Experiment, catalogue: Catalogue) -> int:
+    """Rows of the table that a model of a catalogue's items has; reads the manifest at most.
 
     Raises
     ------
     DataError
-        Where the folder knows nothing of its items.
+        Where the catalogue knows nothing of its items.
     """
-    manifest = disk.read_manifest(folder)
-    items: int = manifest["kept"]["items"]
     if experiment.model.items == "own":
-        return items
-    if "features" not in manifest:
-        raise DataError(f"{folder}: knows no features of its items; prepare it with data.features")
-    return int(manifest["features"]["rows"]) + (items if experiment.model.items == "both" else 0)
+        return catalogue.items
+    known = disk.read_manifest(catalogue.folder).get("features")
+    if known is None:
+        raise unknown_features(catalogue.folder)
+    return int(known["rows"]) + (catalogue.items if experiment.model.items == "both" else 0)
+
+
+def unknown_features(folder: Path) -> DataError:
+    """Build the error for a prepared folder that knows nothing of its items."""
+    return DataError(f"{folder}: knows no features of its items; prepare it with data.features")

@@ -1,11 +1,11 @@
 """From a data section of the configuration to a table of events: which files, and who reads them."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common.data import formats, movielens, synthetic
+from common.data.paths import resolve
 from common.data.table import Table
 from common.errors import DataError
 from common.files import explained
@@ -43,7 +43,7 @@ def files(config: DataConfig) -> list[Path]:
     """
     if isinstance(config, SyntheticData):
         return []
-    path = resolve(config.path)
+    path = resolve(config.path, "data.path")
     with explained(path, DataError):
         if config.kind == "movielens":
             return movielens.files(path)
@@ -55,27 +55,3 @@ def files(config: DataConfig) -> list[Path]:
         return atomic
     names = ", ".join(child.name for child in inside[:8]) or "nothing"
     raise DataError(f"data.path: {path} is a folder, name one of its files ({names})")
-
-
-def resolve(path: str) -> Path:
-    """Find a data path: absolute, or in $HUSHREC_DATA, or in the working directory.
-
-    Raises
-    ------
-    DataError
-        If it is nowhere; it names the places and the mend.
-    """
-    wanted = Path(os.path.expanduser(path))
-    places = [Path.cwd()]
-    if root := os.environ.get("HUSHREC_DATA"):
-        places.insert(0, Path(os.path.expanduser(root)))
-    if wanted.is_absolute():
-        places = [Path("/")]
-    for place in places:
-        if os.path.exists(place / wanted):  # unlike Path.exists, False where a folder on the way is locked
-            return place / wanted
-    tried = " nor ".join(str(place / wanted) for place in places)
-    raise DataError(
-        f"data.path: no {tried}; get it (hushrec data download), set HUSHREC_DATA to the folder that holds it, "
-        "or give data.path=..."
-    )

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from common.config import Experiment
 from common.data import itemrows
 from common.data.holdout import cold_items
-from common.errors import DataError
 from common.seeding import generator
 
 
@@ -104,7 +103,7 @@ def _mixture(folder: Path, cold: float | None) -> Mixture:
     """With own rows, but for those of so large a share of cold items; or with none."""
     known = itemrows.load(folder)
     if known is None:
-        raise DataError(f"{folder}: knows no features of its items; prepare it with data.features")
+        raise itemrows.unknown_features(folder)
     items = len(known.offsets) - 1
     place = torch.from_numpy(np.stack([np.repeat(np.arange(items), np.diff(known.offsets)), known.rows]))
     matrix = torch.sparse_coo_tensor(place, torch.from_numpy(known.weights), (items, known.size), check_invariants=True)
@@ -112,7 +111,7 @@ def _mixture(folder: Path, cold: float | None) -> Mixture:
     own = None
     if cold is not None:
         own = torch.ones(items, 1)
-        own[torch.from_numpy(cold_items(items, cold, 0))] = 0  # of which nothing but features will ever be learnt
+        own[torch.tensor(cold_items(items, cold, 0))] = 0  # of which nothing but features will ever be learnt
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")  # products, all we need, are settled
         return Mixture(matrix.to_sparse_csr(), matrix.t().coalesce().to_sparse_csr(), own)

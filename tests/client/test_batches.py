@@ -206,7 +206,7 @@ def test_a_chunk_fits_its_bytes(monkeypatch):
 
 def test_nothing_but_three_constants_bounds_a_chunk():
     """No setting and no machine: sums run chunk by chunk, so another chunking would be another result."""
-    assert (batches.CHUNK_USERS, batches.CHUNK_EVENTS, batches.CHUNK_BYTES) == (128, 1600, 256 * 2**20)
+    assert (batches.CHUNK_USERS, batches.CHUNK_EVENTS, batches.CHUNK_BYTES) == (128, 2400, 256 * 2**20)
     lengths, plans = [5] * 200, []
     for runtime in ({}, {"memory_mb": 64, "threads": 7, "engine": "sequential"}):
         experiment, data = world.experiment(runtime=runtime), world.sequences(numbered(lengths), held_out=False)

@@ -52,7 +52,7 @@ def setup(files, items="both", loss="softmax", *, cold=0.0, local=None, **model)
 
 def start(experiment):
     folder = prepare(experiment.data)
-    table = itemrows.table_rows(experiment, folder)
+    table = itemrows.table_rows(experiment, Catalogue.open(folder))
     return Sequences.open(folder), world.weights(experiment.model, table)
 
 
@@ -82,7 +82,7 @@ def test_vectors_are_what_the_matrix_makes_of_the_rows(files, items):
         dense[item, known.rows[here]] += known.weights[here]
     whole = np.concatenate([np.eye(len(dense)), dense], axis=1) if items == "both" else dense
     assert whole.shape == (mixture.items, mixture.rows)
-    assert mixture.rows == itemrows.table_rows(experiment, folder)
+    assert mixture.rows == itemrows.table_rows(experiment, Catalogue.open(folder))
     table = torch.randn(3, mixture.rows, 4, requires_grad=True)
     for given in (table, table[1]):
         expected = torch.from_numpy(whole).float() @ given
@@ -208,7 +208,7 @@ def test_a_cold_item_leaves_no_trace_in_training(files, loss):
     """It is no target and no negative, so its own row stays where it began."""
     experiment = setup(files, "both", loss, cold=0.3)
     items = Catalogue.open(prepare(experiment.data)).items
-    cold = torch.from_numpy(cold_items(items, 0.3, 0))
+    cold = torch.tensor(cold_items(items, 0.3, 0))
     warm = torch.ones(items, dtype=torch.bool)
     warm[cold] = False
     for update in together(experiment).values():
@@ -277,9 +277,9 @@ def test_features_that_a_folder_does_not_know(files):
     experiment = setup(files)
     bare = prepare(experiment.data.model_copy(update={"features": type(experiment.data.features)()}))
     assert "features" not in disk.read_manifest(bare)
-    for ask in (mixture_of, itemrows.table_rows):
+    for ask, where in ((mixture_of, bare), (itemrows.table_rows, Catalogue.open(bare))):
         with pytest.raises(DataError, match=r"data\.features"):
-            ask(experiment, bare)
+            ask(experiment, where)
 
 
 def test_a_model_of_features_needs_some():

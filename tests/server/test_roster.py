@@ -51,7 +51,7 @@ class Numbered(Nodes):
 
 def says(first, users=1, items=9, population=3, catalogue="c", **more):
     def answer(message):
-        facts = {"first": first, "users": users, "population": population, "items": items, **more}
+        facts = {"first": first, "users": users, "population": population, "items": items, "rows": items, **more}
         content = RecordDict({METRICS: MetricRecord(facts), ROUND: ConfigRecord({"catalogue": catalogue})})
         return Message(content, reply_to=message)
 

@@ -158,7 +158,7 @@ def test_a_source_goes_before_the_catalogue(source, tmp_path, monkeypatch):
 
 
 def test_a_missing_file_names_the_places(shop, tmp_path):
-    with pytest.raises(DataError, match=rf"source: no file {tmp_path}/no.csv nor .*HUSHREC_DATA"):
+    with pytest.raises(DataError, match=rf"data.features.source: no {tmp_path}/no.csv nor .*HUSHREC_DATA"):
         shop(source="no.csv")
 
 

@@ -3,17 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.data.holdout import cold_items, concerning, without
+from common.data.holdout import cold_items, concerning
 
 
 def test_by_hand():
-    items, offsets = np.array([3, 1, 3, 0, 2, 1], np.int32), np.array([0, 3, 4, 4, 6])
-    cold = np.array([1, 3])
+    items, cold = np.array([3, 1, 3, 0, 2, 1], np.int32), np.array([1, 3])
     assert concerning(items, cold).tolist() == [True, True, True, False, False, True]
-    kept, bounds = without(items, offsets, cold)
-    assert kept.tolist() == [0, 2]
-    assert kept.dtype == np.int32
-    assert bounds.tolist() == [0, 0, 1, 1, 2]
 
 
 def test_the_draw_is_keyed():
@@ -41,12 +36,3 @@ def test_ascending_distinct_in_range_and_nested(size, one, other, seed):
     assert (np.diff(more) > 0).all()
     assert ((more >= 0) & (more < size)).all()
     assert set(less) <= set(more)
-
-
-@given(st.lists(st.lists(st.integers(0, 20), max_size=8), max_size=6), st.sets(st.integers(0, 20)))
-def test_without_is_a_filter_of_each_history(histories, cold):
-    items = np.array([item for history in histories for item in history], np.int32)
-    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories])]).astype(np.int64)
-    kept, bounds = without(items, offsets, np.array(sorted(cold), np.int64))
-    for user, history in enumerate(histories):
-        assert kept[bounds[user] : bounds[user + 1]].tolist() == [item for item in history if item not in cold]

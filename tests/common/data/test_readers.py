@@ -4,6 +4,7 @@ import polars as pl
 import pytest
 
 from common.data import readers
+from common.data.paths import resolve
 from common.errors import DataError
 from common.sources import Columns, DataConfig, SyntheticData
 
@@ -232,12 +233,12 @@ def test_places(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.delenv("HUSHREC_DATA", raising=False)
     (here / "f").touch()
-    assert readers.resolve("f") == here / "f"
-    assert readers.resolve(str(here / "f")) == here / "f"
+    assert resolve("f", "data.path") == here / "f"
+    assert resolve(str(here / "f"), "data.path") == here / "f"
     monkeypatch.setenv("HUSHREC_DATA", str(data))
-    assert readers.resolve("f") == here / "f"
+    assert resolve("f", "data.path") == here / "f"
     (data / "f").touch()
-    assert readers.resolve("f") == data / "f"
+    assert resolve("f", "data.path") == data / "f"
 
 
 @pytest.mark.parametrize("path", ["nowhere", "~nobody-of-that-name/f", "a\0b"])
@@ -245,7 +246,7 @@ def test_missing_file_names_the_places_and_the_mend(path, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HUSHREC_DATA", "/there")
     with pytest.raises(DataError) as caught:
-        readers.resolve(path)
+        resolve(path, "data.path")
     message = str(caught.value)
     for part in (f"/there/{path}", str(tmp_path / path), "hushrec data download", "HUSHREC_DATA", "data.path"):
         assert part in message

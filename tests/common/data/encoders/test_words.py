@@ -1,5 +1,5 @@
-import importlib.util
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +9,6 @@ from common.data.encoders import words
 from common.errors import DataError, UsageError
 from common.features import TextFeature
 from tests.support.columns import column, exact_svd
-
-SKLEARN = importlib.util.find_spec("sklearn") is not None
 
 
 def test_text(monkeypatch):
@@ -31,8 +29,10 @@ def test_text(monkeypatch):
     assert fitted.encode(texts).matrix.tobytes() == matrix.tobytes()
 
 
-@pytest.mark.skipif(SKLEARN, reason="scikit-learn is installed")
-def test_text_without_scikit_learn_names_the_extra():
+def test_text_without_scikit_learn_names_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UsageError, match=r"hushrec\[text\]"):
         words.fit_words(TextFeature(kind="text", name="x"), column(["some words"]))
 
