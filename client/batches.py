@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from client.facts import Facts, facts_at
 from common.config import Experiment, LocalConfig
 from common.data.sequences import Sequences
 from common.models.schema import ModelConfig
@@ -25,8 +26,24 @@ class Windows(NamedTuple):
     """Items in time order, right-padded with 0, ``(C, S, W + 1)``: inputs and, one later, their targets."""
     lengths: Ints
     """Real events in each window, ``(C, S)``; below 2 there is nothing to train in that step."""
-    times: Ints | None = None
-    """When the events happened, ``(C, S, W + 1)``; none where the model does not look at it."""
+    facts: Facts | None = None
+    """What else is known of the events, ``(C, S, W + 1)`` each; none where the model looks at items alone."""
+    wanted: NDArray[np.bool_] | None = None
+    """Whether an event is learnt to be predicted, ``(C, S, W + 1)``; none where all are."""
+
+    @property
+    def trained(self) -> Ints:
+        """Number of events that are learnt to be predicted in each step, ``(C, S)``."""
+        if self.wanted is None:
+            return np.maximum(self.lengths - 1, 0)
+        count: Ints = self.targets.sum(-1)
+        return count
+
+    @property
+    def targets(self) -> NDArray[np.bool_]:
+        """Whether what comes after each event is learnt to be predicted, ``(C, S, W)``."""
+        real: NDArray[np.bool_] = np.arange(1, self.events.shape[2]) < self.lengths[..., None]
+        return real if self.wanted is None else real & self.wanted[..., 1:]
 
 
 def bucket_widths(longest: int) -> Ints:
@@ -128,8 +145,11 @@ def windows(experiment: Experiment, sequences: Sequences, users: Ints, round_: i
     )
     ends = window_stops(experiment, users, stops, histories, steps, round_)
     places, lengths = sequences.places(np.repeat(users, ends.shape[1]), ends.ravel(), width + 1)
+    places = places.reshape(*ends.shape, width + 1)
     events = np.where(places < 0, 0, sequences.items[places]).astype(np.int64)
-    times = sequences.times[places].reshape(*ends.shape, width + 1) if experiment.model.timed else None
     lengths = lengths.reshape(ends.shape)
     lengths[np.arange(ends.shape[1])[None, :] >= steps[:, None]] = 0
-    return Windows(users, events.reshape(*ends.shape, width + 1), lengths, times)
+    wanted = None
+    if sequences.target >= 0 and experiment.federation.local.predict == "target":
+        wanted = sequences.targets(places)
+    return Windows(users, events, lengths, facts_at(experiment.model, sequences, places), wanted)

@@ -12,6 +12,7 @@ from flwr.app import Context
 from client.accounts import Accounts
 from client.cohort import train
 from client.evaluation import Ranking, rank
+from client.facts import require_facts
 from common.config import Experiment, experiment_hash
 from common.data import folder as disk
 from common.data.catalogue import Catalogue
@@ -70,10 +71,10 @@ class Device:
         DataError
             Where the folder is missing or damaged.
         """
-        if experiment.model.timed and not disk.read_manifest(folder).get("timed", True):
-            raise DataError(f"{folder}: knows no times of events, which model.attention time-aware looks at")
+        sequences = Sequences.open(folder)
+        require_facts(experiment.model, sequences, disk.read_manifest(folder).get("timed", True))
         kept = Accounts(accounts) if on_device(experiment.privacy) else Accounts()
-        return cls(experiment, Sequences.open(folder), Catalogue.open(folder), accounts=kept)
+        return cls(experiment, sequences, Catalogue.open(folder), accounts=kept)
 
     @classmethod
     def of(cls, context: Context) -> "Device":

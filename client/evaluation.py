@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.batches import bucket_widths, pair_bytes
+from client.facts import facts_at, moments
 from client.rows import Ints
 from common.config import Experiment
 from common.data.sequences import Sequences, Split
 from common.metrics import expected_ranks
-from common.models.encoder import Moments, encode
+from common.models.encoder import encode
+from common.models.inputs import Moments
 from common.models.items import mixture_of
 from common.models.schema import ModelConfig
 from common.models.scoring import history, score_last
@@ -35,7 +37,7 @@ class Ranking(NamedTuple):
 
 
 def final_scores(
-    model: ModelConfig, weights: Weights, items: Tensor, lengths: Tensor, times: Tensor | None = None
+    model: ModelConfig, weights: Weights, items: Tensor, lengths: Tensor, known: Moments | None = None
 ) -> Tensor:
     """Score of every item after the last event of each history.
 
@@ -49,8 +51,8 @@ def final_scores(
         ``(B, L)`` int64, right-padded.
     lengths : Tensor
         ``(B,)`` int64, at least 1.
-    times : Tensor, optional
-        When, ``(B, L)`` int64, where ``model.timed``.
+    known : Moments, optional
+        What else is known of the events, where the model looks at it.
 
     Returns
     -------
@@ -58,8 +60,7 @@ def final_scores(
         ``(B, I)``.
     """
     parameters = named(model, weights.body)
-    moments = None if times is None else Moments(times, lengths)
-    hidden = encode(model, parameters, F.embedding(items, weights.table), moments=moments)  # (B, L, D)
+    hidden = encode(model, parameters, F.embedding(items, weights.table), moments=known)  # (B, L, D)
     return score_last(history(model, parameters, hidden), lengths, weights.table)
 
 
@@ -96,14 +97,15 @@ def scores(
             here = members[start : start + size]
             places, lengths = sequences.places(users[here], stops[here], int(widths[index]))
             items = torch.from_numpy(np.where(places < 0, 0, sequences.items[places]).astype(np.int64))
-            times = torch.from_numpy(sequences.times[places]) if experiment.model.timed else None
+            count = torch.from_numpy(lengths)
+            known = moments(facts_at(experiment.model, sequences, places), count)
             with torch.no_grad():
-                yield here, final_scores(experiment.model, weights, items, torch.from_numpy(lengths), times)  # (B, I)
+                yield here, final_scores(experiment.model, weights, items, count, known)  # (B, I)
 
 
 def mask_seen(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints) -> Tensor:
     """Set the score of every item that a user had before its stop to −inf, in place; ``(B, I)``."""
-    seen, owner = sequences.events(users, stops)
+    seen, owner = sequences.had(users, stops)
     scored[torch.from_numpy(owner), torch.from_numpy(seen)] = -torch.inf
     return scored
 
@@ -121,13 +123,16 @@ def target_ranks(scored: Tensor, targets: Tensor) -> Ranks:
 
 
 def held_out_ranks(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints, targets: Ints) -> Ranks:
-    """Rank of each user's held-out item among all items that it had not before; masks `scored` in place.
+    """Rank of each user's held-out item among all of its domain that the user had not before; masks `scored` in place.
 
     The held-out item itself is never masked, even where the user had it before.
     """
     row, goal = torch.arange(len(users)), torch.from_numpy(targets)
     own = scored[row, goal]
     mask_seen(scored, sequences, users, stops)
+    if sequences.domains is not None:
+        domains = torch.tensor(sequences.domains)
+        scored.masked_fill_(domains != domains[goal].unsqueeze(-1), -torch.inf)
     scored[row, goal] = own
     return target_ranks(scored, goal)
 

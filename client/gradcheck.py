@@ -92,7 +92,7 @@ def _only(problem: Problem, e: int) -> Problem:
     def part(values: Tensor) -> Tensor:
         return values[e : e + 1] if len(values) == len(problem.counts) else values
 
-    users, events, lengths, _ = problem.windows
+    users, events, lengths, *_ = problem.windows
     return problem._replace(
         windows=Windows(users[e : e + 1], events[e : e + 1], lengths[e : e + 1]),
         rows=None if problem.rows is None else problem.rows[e : e + 1],

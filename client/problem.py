@@ -47,6 +47,9 @@ class Problem(NamedTuple):
     """What items are made of, where they have no row each; all other indices are those of items then."""
     scored: Tensor | None = None
     """Items that every position is scored against, where these are not the table's first rows: ``(N,)``."""
+    domains: tuple[Tensor, Tensor] | None = None
+    """Domains of the windows' next items ``(C, S, W)`` and of what positions are scored against ``(N,)``: an item is
+    rivalled by those of its own domain only. None where there is one."""
 
     @property
     def shared(self) -> int:
@@ -92,7 +95,30 @@ def pose(
         Positions in the chunk, and items that are not negatives there, ``(K,)`` each; by default each user's training
         items.
     """
-    loss, (users, events, lengths, _) = experiment.loss, chunk
+    domains = None if known is not None else sequences.domains
+    both = _posed(experiment, sequences, chunk, round_, catalogue, known, mixture, domains)
+    if domains is None or experiment.loss.kind == "bce":
+        return both
+    scored = domains
+    if experiment.loss.kind != "softmax":
+        cold = cold_items(catalogue, experiment.data.cold, 0)
+        scored = domains[shared_negatives(experiment.loss, experiment.seed, round_, catalogue, cold)]
+    apart = torch.from_numpy(domains[chunk.events[..., 1:]]), torch.tensor(scored)
+    shared, stacked = (problem._replace(domains=apart) for problem in both)
+    return shared, stacked
+
+
+def _posed(
+    experiment: Experiment,
+    sequences: Sequences,
+    chunk: Windows,
+    round_: int,
+    catalogue: int,
+    known: tuple[Ints, Ints] | None,
+    mixture: Mixture | None,
+    domains: NDArray[np.int8] | None,
+) -> tuple[Problem, Problem]:
+    loss, (users, events, lengths, *_) = experiment.loss, chunk
     cold = cold_items(catalogue, experiment.data.cold, 0)  # in training there are no such items
     c, s, w = events.shape[0], events.shape[1], events.shape[2] - 1
     if loss.kind == "softmax":
@@ -104,7 +130,7 @@ def pose(
         whole = Problem(chunk, None, counts, torch.from_numpy(events), 0, None, catalogue, barred, mixture)
         return whole, whole
     if known is None:
-        trained, owner = sequences.events(users, sequences.stops(users, "train")[0])
+        trained, owner = sequences.had(users, sequences.stops(users, "train")[0])
     else:
         owner, trained = known
     real: NDArray[np.bool_] = np.arange(w + 1) < lengths[..., None]  # (C, S, W + 1)
@@ -113,6 +139,8 @@ def pose(
         drawn = uniform_integers(experiment.seed, "private-negatives", round_, users, s * w, catalogue)
         own: NDArray[np.bool_] = membership(owner, trained, drawn, catalogue).reshape(c, s, w, 1)
         own |= np.isin(drawn, cold).reshape(own.shape)
+        if domains is not None:
+            own |= (domains[drawn].reshape(c, s, w) != domains[events[..., 1:]])[..., None]
         items = np.concatenate([events, drawn.reshape(c, s, w)], axis=-1)  # (C, S, 2W + 1)
         real = np.concatenate([real, real[..., 1:]], axis=-1)
     else:

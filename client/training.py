@@ -54,7 +54,7 @@ class Updates:
     ):
         self._experiment, self._weights, self._round, self._clip = experiment, weights, round_, clip
         self._shared, self._own = problems
-        trained = np.maximum(self._own.windows.lengths - 1, 0)  # (C, S)
+        trained = self._own.windows.trained  # (C, S)
         self.users: Ints = self._own.windows.users
         """Index of each user, ``(C,)``."""
         self.events: Ints = trained.sum(-1) // (experiment.federation.local.epochs or trained.shape[1])

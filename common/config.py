@@ -73,6 +73,9 @@ class LocalConfig(Section):
     window: Literal["last", "random"] = "last"
     """With `steps`, which part of a sequence longer than the model's: the most recent, or one at random each step."""
 
+    predict: Literal["target", "all"] = "target"
+    """With `data.target`, which events are learnt to be predicted: those of that behaviour only, or all."""
+
     @model_validator(mode="after")
     def _one_measure(self) -> "LocalConfig":
         if self.steps is not None and self.epochs is not None:
@@ -297,6 +300,8 @@ class Experiment(Section):
             raise ValueError("privacy.kind example-level takes federation.local.steps; epochs and prox are not for it")
         if isinstance(device, ExampleLevel) and not self.model.plain:
             raise ValueError("privacy.kind example-level takes the plain model: Opacus has no hooks for other layers")
+        if isinstance(device, ExampleLevel) and (self.data.target or self.data.many_domains):
+            raise ValueError("privacy.kind example-level knows neither data.target nor several domains")
         if isinstance(device, ExampleLevel) and device.segment > self.model.max_length + 1:
             raise ValueError("privacy.kind example-level has segments longer than what the model sees, max_length + 1")
         if device is not None and self.evaluation.privacy == "noised":

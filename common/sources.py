@@ -8,6 +8,18 @@ from common.features import ItemFeatures
 from common.section import Natural, Positive, Section, Share
 
 
+class Only(Section):
+    """Which events are seen; the others vanish after the split.
+
+    The catalogue and the held-out events that stay are the same, so that figures compare.
+    """
+
+    behaviours: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Of these behaviours; `null` means all."""
+    domains: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """In these domains; `null` means all."""
+
+
 class _Prepared(Section):
     """Options that every data source shares."""
 
@@ -16,7 +28,15 @@ class _Prepared(Section):
     min_item_events: Natural = 0
     """Drop items with fewer events (see `min_user_events`)."""
     repeats: Literal["keep", "first", "last"] = "keep"
-    """A user's repeated events on one item: keep all, or collapse to the first or the last of them."""
+    """A user's repeated events on one item, of one behaviour: keep all, or collapse to the first or the last."""
+    target: str | None = None
+    """Behaviour that is predicted, such as `buy`: only such events are held out, and only their items left out of what
+    is recommended. `null` means all."""
+    ties: Literal["file", "target-first"] = "file"
+    """Order of a user's events of equal times: the file's, or those of `target` first, so that nothing of the same
+    moment (or day) gives away what is predicted."""
+    only: Only = Only()
+    """Which events are seen, to learn what the others are worth."""
     split: Literal["leave-one-out", "global-time"] = "leave-one-out"
     """`leave-one-out`: last event = test, the one before = validation. `global-time`: two points in time, the same
     for all users; a user's first event after each point is the held-out one."""
@@ -30,10 +50,19 @@ class _Prepared(Section):
     """Share of the items that are held out of all training: they may only be somebody's last event, to measure how well
     items are recommended that nobody has touched."""
 
+    @property
+    def many_domains(self) -> bool:
+        """Whether items belong to several catalogues."""
+        return False
+
     @model_validator(mode="after")
     def _ordered(self) -> "_Prepared":
         if self.cold and self.split != "leave-one-out":
             raise ValueError(f"cold needs split leave-one-out; with {self.split} a last event may be trained on")
+        if self.ties == "target-first" and self.target is None:
+            raise ValueError("ties: target-first needs a target")
+        if self.cold and (self.target is not None or self.only != Only()):
+            raise ValueError("cold goes with neither target nor only: cold items may be held-out events of any sort")
         if self.validation_from >= self.test_from:
             raise ValueError("validation_from must be smaller than test_from")
         return self
@@ -107,6 +136,11 @@ class TableData(_Files):
     time_format: str | None = None
     """strptime format of the time column, such as `%Y-%m-%d`; by default it holds numbers. A format without a year
     counts within one year."""
+
+    @property
+    def many_domains(self) -> bool:
+        """As above."""
+        return self.columns.domain is not None
 
 
 class SyntheticData(_Prepared):

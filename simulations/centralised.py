@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.config import Experiment
 from common.data.sequences import Ints, Sequences
+from common.models.schema import BehaviourInput
 from common.seeding import generator, keep_mask, uniform_bits, uniform_integers
 from simulations.reference import SASRec
 
@@ -53,9 +54,10 @@ def train_step(
     step: int,
 ) -> None:
     """One mini-batch; with no token in it no step, as the server makes none either."""
-    if (sequences.stops(users, "train")[0] - sequences.offsets[users] > 1).any():
-        optimizer.zero_grad()
-        loss(experiment, model, sequences, users, step).backward()
+    optimizer.zero_grad()
+    mean = loss(experiment, model, sequences, users, step)
+    if mean.requires_grad:
+        mean.backward()
         optimizer.step()
 
 
@@ -74,7 +76,7 @@ def adam(experiment: Experiment, model: SASRec) -> torch.optim.Adam:
 
 
 def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Ints, step: int) -> Tensor:
-    """Mean over all tokens of a batch, a scalar.
+    """Mean over all tokens of a batch that are to be predicted, a scalar; a constant where there are none.
 
     Raises
     ------
@@ -97,26 +99,33 @@ def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Int
         shape = (len(users), width, model.sites, config.dim)
         bits = uniform_bits(experiment.seed, "dropout-0", step, users, int(np.prod(shape[1:])))
         masks = torch.from_numpy(keep_mask(bits, config.dropout)).view(shape)
-    times = torch.from_numpy(sequences.times[places[:, :-1]]) if config.timed else None
-    hidden = model(window[:, :-1], masks, times)  # (B, L, D)
+    hidden = model(window[:, :-1], masks, _known(experiment, sequences, places[:, :-1]))  # (B, L, D)
+    if sequences.target >= 0 and experiment.federation.local.predict == "target" and sequences.behaviours is not None:
+        real &= torch.from_numpy(sequences.behaviours[places[:, 1:]] == sequences.target)
+    came = window[:, 1:][real]  # (T,)
+    if not len(came):
+        return torch.zeros(())
+    domain = torch.zeros(model.item.num_embeddings) if sequences.domains is None else torch.tensor(sequences.domains)
     if experiment.loss.kind not in LOSSES:
         raise ValueError(f"the centralised loop knows {' and '.join(LOSSES)}, not {experiment.loss.kind}")
     if experiment.loss.kind == "softmax":
-        return F.cross_entropy(model.score_all(hidden, real, model.item.weight), window[:, 1:][real])
+        scores = model.score_all(hidden, real, model.item.weight)
+        return F.cross_entropy(scores.masked_fill(domain != domain[came].unsqueeze(-1), -torch.inf), came)
     items = model.item.num_embeddings
     wanted = min(getattr(experiment.loss, "negatives", 0), items)
     negatives = np.sort(generator(experiment.seed, "negatives", step).choice(items, wanted, replace=False))
-    owned, owner = sequences.events(users, stops)
+    owned, owner = sequences.had(users, stops)
     known = np.zeros((len(users), items), dtype=bool)
     known[owner, owned] = True
     allowed = torch.from_numpy(~known[:, negatives]).unsqueeze(1).expand(-1, width, -1)[real]  # (T, N)
     positive = model.score_each(hidden, real, model.item(window[:, 1:]))  # (T,)
+    allowed = allowed & (domain[torch.from_numpy(negatives)] == domain[came].unsqueeze(-1))
     negative = model.score_all(hidden, real, model.item(torch.from_numpy(negatives))).masked_fill(~allowed, -torch.inf)
     logits = torch.cat([positive.unsqueeze(-1), negative], -1)
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
 
 
-def test_ranks(model: SASRec, sequences: Sequences) -> NDArray[np.float64]:
+def test_ranks(experiment: Experiment, model: SASRec, sequences: Sequences) -> NDArray[np.float64]:
     """Rank of every user's test item, one user at a time, NaN where there is none; ties at their expectation."""
     ranks = np.full(len(sequences), np.nan)
     with torch.no_grad():
@@ -125,13 +134,27 @@ def test_ranks(model: SASRec, sequences: Sequences) -> NDArray[np.float64]:
             if place <= start:
                 continue
             history = torch.from_numpy(sequences.items[start:place].astype(np.int64))
-            times = torch.from_numpy(sequences.times[start:place].astype(np.int64))
-            hidden = model(history[None, -model.longest :], times=times[None, -model.longest :])[0]  # (L, D)
+            places = np.arange(max(start, place - model.longest), place)[None]
+            hidden = model(history[None, -model.longest :], known=_known(experiment, sequences, places))[0]  # (L, D)
             scores = model.score_last(hidden, model.item.weight)  # (I,)
             target = int(sequences.items[place])
             others = torch.ones(len(scores), dtype=torch.bool)
-            others[history] = False
+            others[history if sequences.target < 0 else history[sequences.targets(np.arange(start, place))]] = False
+            if sequences.domains is not None:
+                others &= torch.from_numpy(sequences.domains == sequences.domains[target])
             others[target] = False
             better, equal = (scores[others] > scores[target]).sum(), (scores[others] == scores[target]).sum()
             ranks[user] = 1 + int(better) + int(equal) / 2
     return ranks
+
+
+def _known(experiment: Experiment, sequences: Sequences, places: Ints) -> dict[str, Tensor]:
+    """All that the data tells of some events, ``(B, L)`` each."""
+    told = {"times": torch.from_numpy(sequences.times[places] // sequences.per_second)}
+    names = [each.names for each in experiment.model.inputs if isinstance(each, BehaviourInput)]
+    if names and sequences.behaviours is not None:
+        numbers = {number: names[0].index(name) for number, name in enumerate(sequences.behaviour_names)}
+        told["behaviours"] = torch.tensor(sequences.behaviours[places].astype(np.int64)).apply_(numbers.__getitem__)
+    if sequences.ratings is not None:
+        told["ratings"] = torch.from_numpy(sequences.ratings[places])
+    return told

@@ -210,7 +210,7 @@ def _centralised(device: Device, outcome: Outcome, report: Report) -> Iterator[C
     centralised.train(experiment, model, sequences, map(batch, range(1, ROUNDS + 1)))
     name = f"weights after {ROUNDS} rounds: federated = centralised"
     yield _same_weights(name, WEIGHT_BOUND, outcome.weights, model, experiment)
-    here, there = point(outcome.test[0], [10]), point(centralised.test_ranks(model, sequences), [10])
+    here, there = point(outcome.test[0], [10]), point(centralised.test_ranks(device.experiment, model, sequences), [10])
     for name, value in there.items():
         note = f"{here[name]:.5f} and {value:.5f}"
         yield Check(f"test {name}: federated = centralised", abs(here[name] - value), METRIC_BOUND, note)

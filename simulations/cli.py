@@ -1,6 +1,5 @@
 """The command `hushrec`: verbs only. Torch and Flower are imported by the verbs that need them: help comes at once."""
 
-import csv
 import os
 import shlex
 import signal
@@ -16,6 +15,7 @@ from click.exceptions import UsageError as BadCommandLine
 
 from common.config import Experiment
 from common.errors import HushrecError, Interrupted, TooFewNodes, UsageError
+from simulations import cli_ask as ask
 from simulations.cli_data import app as data_app
 from simulations.cli_deploy import app as deploy_app
 from simulations.terminal import AsJson, Config, Overrides, Screen, hush, print_json, read_experiment
@@ -23,8 +23,6 @@ from simulations.terminal import AsJson, Config, Overrides, Screen, hush, print_
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(data_app, name="data")
 app.add_typer(deploy_app, name="deploy")
-
-RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
 
 
 def _say_version(wanted: bool) -> None:
@@ -147,50 +145,8 @@ def schema() -> None:
     print_json(json_schema())
 
 
-@app.command()
-def evaluate(
-    folder: RunDir,
-    split: Annotated[str, typer.Option(help="[cyan]validation[/] or [cyan]test[/].")] = "test",
-    ranks: Annotated[Path | None, typer.Option(help="Write user and rank to this CSV file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Rank every user's held-out item with a finished run's model."""
-    if split not in {"validation", "test"}:
-        raise UsageError(f"--split {split}: must be validation or test")
-    from simulations.inference import evaluate as evaluate_run
-
-    figures = evaluate_run(folder, "validation" if split == "validation" else "test", ranks)
-    if as_json:
-        print_json(figures)
-    else:
-        from simulations.report import render_evaluation
-
-        render_evaluation(Screen(), figures)
-
-
-@app.command()
-def recommend(
-    folder: RunDir,
-    user: Annotated[str | None, typer.Option(help="Somebody in the data.", show_default=False)] = None,
-    history: Annotated[
-        str | None, typer.Option(help="ITEM,ITEM,… in time order, by id or title, for anybody.", show_default=False)
-    ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 10,
-    as_json: AsJson = False,
-) -> None:
-    """Recommend items to a user; what the user had before is left out."""
-    if (user is None) == (history is None):
-        raise UsageError("name --user ID or --history ITEM,ITEM,…; one of the two")
-    from simulations.inference import Trained
-
-    trained = Trained(folder)
-    items = trained.for_user(user, k) if user is not None else trained.for_history(_quoted(history or ""), k)
-    if as_json:
-        print_json({"user": user, "items": items})
-    else:
-        from simulations.report import render_items
-
-        render_items(Screen(), items)
+app.command()(ask.evaluate)
+app.command()(ask.recommend)
 
 
 @app.command()
@@ -342,8 +298,3 @@ def _train(
 
 def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def _quoted(text: str) -> list[str]:
-    """Names between commas; one that has commas itself stands in quotes."""
-    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), []) if name.strip()]

@@ -12,6 +12,7 @@ import torch
 
 from client.device import Device
 from client.evaluation import Ranks, final_scores, mask_seen, of_items, rank, scores
+from client.facts import assumed, moments
 from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
 from common.data.sequences import Ints, Split
@@ -85,8 +86,9 @@ class Trained:
         model = self.device.experiment.model
         window = torch.tensor([history[-model.max_length :]])
         with torch.no_grad():
-            times = torch.arange(window.shape[1]).unsqueeze(0) if model.timed else None  # none are known: evenly
-            scored = final_scores(model, self.built, window, torch.tensor([window.shape[1]]), times)[0]
+            length = torch.tensor([window.shape[1]])
+            known = moments(assumed(model, self.device.sequences, window.shape[1]), length)
+            scored = final_scores(model, self.built, window, length, known)[0]
         scored[torch.tensor(history)] = -torch.inf
         return self._top(scored, k)
 

@@ -5,13 +5,25 @@ so that `hushrec certify` compares two programs and not one with itself. What th
 of parameters.
 """
 
+from datetime import UTC, datetime
+from itertools import pairwise
 from math import sqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models.schema import Additive, Local, ModelConfig, TimeAware, TopK
+from common.models.schema import (
+    Additive,
+    BehaviourInput,
+    InputConfig,
+    IntervalInput,
+    Local,
+    ModelConfig,
+    RatingInput,
+    TimeAware,
+    TopK,
+)
 
 _GRU = {"weight": "weight_ih_l0", "bias": "bias_ih_l0", "recurrent": "weight_hh_l0", "recurrent_bias": "bias_hh_l0"}
 """Names that torch.nn.GRU has for the parameters of a front."""
@@ -48,6 +60,37 @@ def intervals(times: Tensor, config: TimeAware) -> Tensor:
             rows.append([min(r, last) for r in units] + [0] * (len(moments) - place - 1))
         found.append(rows)
     return torch.tensor(found)
+
+
+def inputs(config: ModelConfig, table: nn.ModuleDict, known: dict[str, Tensor]) -> Tensor:
+    """Vectors of what is known of events beside their items, one event after another, ``(B, L, D)``."""
+    total = torch.zeros(())
+    for each in config.inputs:
+        rows = table[each.kind]
+        if isinstance(each, RatingInput):
+            low, high = rows(torch.tensor([0, 1]))
+            place = ((known["ratings"] - each.low) / (each.high - each.low)).clamp(0, 1).unsqueeze(-1)
+            vectors = torch.where(place.isnan(), 0.0, low + place.nan_to_num() * (high - low))
+        elif each.kind == "behaviour":
+            vectors = rows(known["behaviours"])
+        elif isinstance(each, IntervalInput):
+            gaps = [[b - a for a, b in pairwise([moments[0], *moments])] for moments in known["times"].tolist()]
+            most = each.buckets - 1
+            vectors = rows(torch.tensor([[min((1 + max(0, g)).bit_length() - 1, most) for g in row] for row in gaps]))
+        else:
+            dates = [[datetime.fromtimestamp(t, UTC) for t in row] for row in known["times"].tolist()]
+            hour = each.kind == "hour"
+            vectors = rows(torch.tensor([[date.hour if hour else date.weekday() for date in row] for row in dates]))
+        total = total + vectors
+    return total
+
+
+def _values(config: InputConfig) -> int:
+    if isinstance(config, BehaviourInput):
+        return len(config.names)
+    if isinstance(config, IntervalInput):
+        return config.buckets
+    return {"rating": 2, "hour": 24, "weekday": 7}[config.kind]
 
 
 def entmax(scores: Tensor) -> Tensor:
@@ -163,7 +206,9 @@ class SASRec(nn.Module):
         super().__init__()
         d, learned = config.dim, config.position == "learned" and config.encoder != "gru"
         self.scale, self.heads, self.longest = sqrt(d), config.heads, config.max_length
-        self.timed = config.attention if config.timed and isinstance(config.attention, TimeAware) else None
+        self.config = config
+        self.timed = config.attention if config.intervals and isinstance(config.attention, TimeAware) else None
+        self.inputs = nn.ModuleDict({each.kind: nn.Embedding(_values(each), d) for each in config.inputs})
         self.item = nn.Embedding(items, d)
         self.position = nn.Embedding(config.max_length, d) if learned else None
         self.front = None if config.encoder == "attention" else Front(config)
@@ -175,15 +220,19 @@ class SASRec(nn.Module):
         self.sites = 1 + 2 * len(self.blocks) + (self.front is not None)
         """Dropout masks of one pass."""
 
-    def forward(self, items: Tensor, masks: Tensor | None = None, times: Tensor | None = None) -> Tensor:
-        """Hidden states ``(B, L, D)`` of right-padded histories ``(B, L)``; masks ``(B, L, sites, D)``."""
+    def forward(self, items: Tensor, masks: Tensor | None = None, known: dict[str, Tensor] | None = None) -> Tensor:
+        """Hidden states ``(B, L, D)`` of right-padded histories ``(B, L)``; masks ``(B, L, sites, D)``.
+
+        What is known of events is by names: `times`, `behaviours`, `ratings`, ``(B, L)`` each.
+        """
         x = self.item(items) * self.scale
         x = x if self.position is None else x + self.position.weight[: items.shape[1]]
+        x = x + inputs(self.config, self.inputs, known or {}) if self.inputs else x
         x = x if masks is None else x * masks[:, :, 0]
         if self.front is not None:
             begun = self.front(x)
             x = x + (begun if masks is None else begun * masks[:, :, -1])
-        buckets = None if self.timed is None or times is None else intervals(times, self.timed)
+        buckets = None if self.timed is None else intervals((known or {})["times"], self.timed)
         for i, block in enumerate(self.blocks):
             x = block(x, None if masks is None else masks[:, :, 2 * i + 1 : 2 * i + 3], buckets)
         hidden: Tensor = self.norm(x)
@@ -232,13 +281,14 @@ class SASRec(nn.Module):
         state = {name: value.detach() for name, value in self.named_parameters()}
         if self.front is not None and self.front.kernel:
             state["front.layer.weight"] = state["front.layer.weight"].mT.flatten(1)
-        short = {self._theirs(name): name for name in ("item", "position", *(f"front.{each}" for each in _GRU))}
+        ours = "item", "position", *(f"front.{each}" for each in _GRU), *(f"inputs.{each}" for each in self.inputs)
+        short = {self._theirs(name): name for name in ours}
         return {short.get(name, name): value for name, value in state.items()}
 
     def _theirs(self, name: str) -> str:
         """What torch's layers call a parameter."""
         place, _, own = name.rpartition(".")
-        if name in {"item", "position"}:
+        if name in {"item", "position"} or place == "inputs":
             return f"{name}.weight"
         if place == "front" and self.front is not None:
             return f"front.layer.{own if self.front.kernel else _GRU.get(own, own)}"

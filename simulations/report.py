@@ -1,6 +1,7 @@
 """What people see at the end of a command, and what its numbers mean."""
 
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ _PARTS = {
     "warm": "All other users",
 }
 """Figures beside the main ones, by how their names go on."""
+_SAMPLED = re.compile(r"s\d+")
 SHOWN = ("hr@10", "ndcg@10", "mrr")
 _NAMES = {"ceiling": "best possible"}
 _EXPLAINED = (
@@ -56,10 +58,14 @@ def render(console: Console, result: dict[str, Any]) -> None:
         others = (_number(figures[name]["value"]) for figures in baselines.values())
         table.add_row(_label(name), _number(figure["value"]), _interval(figure), *others)
     _print(console, "Test: each user's last item, ranked against the whole catalogue", table)
-    for mark, heading in _PARTS.items():
-        part = {n: f for n, f in result["test"].items() if n.partition("|")[0] in SHOWN and f"|{mark}" in n}
-        if part:
-            _print(console, heading, _figures(part))
+    parts: dict[str, dict[str, Any]] = {}
+    for name, figure in result["test"].items():
+        metric, _, mark = name.partition("|")
+        if mark and metric in SHOWN:
+            parts.setdefault(mark, {})[name] = figure
+    for mark, part in parts.items():
+        sort = "s" if _SAMPLED.fullmatch(mark) else mark
+        _print(console, _PARTS.get(sort, f"Users whose last item is one of {mark}, ranked among these"), _figures(part))
     for line, style in ((_verdict(result), "bold"), (_EXPLAINED, "dim")):
         if line:
             console.print(Padding(Text(line, style), (0, 1, 1, 1)))

@@ -99,6 +99,8 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         cold = cold_targets(experiment, device) if experiment.data.cold else None
         if cold is not None:
             test |= figures(np.where(cold, full, np.nan), "|cold") | figures(np.where(cold, np.nan, full), "|warm")
+        for name, inside in domain_targets(device).items():
+            test |= figures(np.where(inside, full, np.nan), f"|{name}")
         tested = np.flatnonzero(np.isfinite(full))
         ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items, tested)
         users_tested = len(tested)
@@ -130,6 +132,15 @@ def cold_targets(experiment: Experiment, device: Device) -> NDArray[np.bool_]:
     """Whose test item no training has seen (see `data.cold`), ``(N,)``."""
     _, targets = device.sequences.stops(np.arange(len(device.sequences)), "test")
     return concerning(targets, cold_items(device.catalogue.items, experiment.data.cold, 0))
+
+
+def domain_targets(device: Device) -> dict[str, NDArray[np.bool_]]:
+    """Whose test item is in which domain, ``(N,)`` by name; none where there is only one domain."""
+    if device.sequences.domains is None:
+        return {}
+    _, targets = device.sequences.stops(np.arange(len(device.sequences)), "test")
+    found = np.where(targets >= 0, device.sequences.domains[np.maximum(targets, 0)], -1)
+    return {name: found == number for number, name in enumerate(device.sequences.domain_names)}
 
 
 def told_as_is(experiment: Experiment) -> bool:

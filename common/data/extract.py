@@ -60,9 +60,14 @@ def extract(prepared: Path, users: range, target: Path) -> Path:
             arrays[name] = np.where(place >= 0, place - start, -1)
         for name, array in arrays.items():
             np.save(draft / f"{name}.npy", array.astype(disk.ARRAYS[name]))
-        for name in (disk.CATALOGUE, *(itemrows.FILES if "features" in manifest else ())):
+        told = [name for name in manifest["extras"] if name != "causes"]  # nobody knows why
+        for name in told:
+            np.save(draft / f"{name}.npy", disk.load_array(prepared, name)[start:end])
+        public = [disk.CATALOGUE, *(itemrows.FILES if "features" in manifest else ())]
+        public += [f"{disk.DOMAINS}.npy"] * (prepared / f"{disk.DOMAINS}.npy").exists()
+        for name in public:
             shutil.copy(prepared / name, draft / name)
         kept = manifest["kept"] | {"users": len(users), "events": end - start}
-        some = {"extras": [], "first_user": users[0], "population": whole.population or len(whole)}
+        some = {"extras": told, "first_user": users[0], "population": whole.population or len(whole)}
         write_json(draft / disk.MANIFEST, {**manifest, "kept": kept, **some}, DataError)
     return target

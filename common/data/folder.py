@@ -14,6 +14,7 @@
     behaviours.npy     (E,) int8     optional; names in the manifest
     ratings.npy        (E,) float32  optional
     causes.npy         (E,) int32    optional, synthetic data only (see `common.data.synthetic`)
+    domains.npy        (I,) int8     optional, of the items; names in the manifest
 """
 
 import os
@@ -49,6 +50,9 @@ ARRAYS: dict[str, type[np.generic]] = {
 """Types of the arrays that every folder has."""
 EXTRAS: dict[str, type[np.generic]] = {"behaviours": np.int8, "ratings": np.float32, "causes": np.int32}
 """Types of the optional arrays."""
+DOMAINS = "domains"
+"""The one optional array by item, not by event."""
+_TYPES: dict[str, type[np.generic]] = ARRAYS | EXTRAS | {DOMAINS: np.int8}
 
 
 def damaged(folder: Path, why: str) -> DataError:
@@ -90,7 +94,7 @@ def load_array(folder: Path, name: str, size: int | None = None) -> NDArray[Any]
     DataError
         If the file is missing, truncated, of another type or of another size.
     """
-    dtype = (ARRAYS | EXTRAS)[name]
+    dtype = _TYPES[name]
     try:
         array = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
     except Exception as error:  # numpy parses the header as Python, and a damaged one can raise nearly anything
@@ -108,7 +112,7 @@ class Appender:
     """
 
     def __init__(self, folder: Path, name: str):
-        self._dtype = np.dtype((ARRAYS | EXTRAS)[name])
+        self._dtype = np.dtype(_TYPES[name])
         self._file = (folder / f"{name}.npy").open("w+b")
         self._length = 0
         self._write_header()

@@ -14,9 +14,9 @@ from common.config import digest
 from common.data import attributes, itemrows, readers, rules, synthetic
 from common.data import folder as disk
 from common.data.catalogue import Catalogue
+from common.data.heldout import hold_out
 from common.data.holdout import cold_items
 from common.data.sequences import Sequences
-from common.data.split import split
 from common.errors import DataError
 from common.files import sha256, write_json
 from common.sources import DataConfig, SyntheticData
@@ -45,9 +45,7 @@ def prepare(config: DataConfig) -> Path:
         shutil.rmtree(target, ignore_errors=True)
     with disk.being_made(target) as draft:
         facts = _write(config, draft)
-        offsets, times = (disk.load_array(draft, name) for name in ("offsets", "times"))
-        for name, array in split(config, offsets, times)._asdict().items():
-            np.save(draft / f"{name}.npy", array)
+        facts |= {"kept": {**facts["kept"], "events": hold_out(config, draft, facts)}}
         source = {"kind": config.kind, "path": getattr(config, "path", None), "files": sums}
         manifest = {
             "format": disk.FORMAT,
@@ -120,7 +118,7 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     table = readers.read(config)
     if config.split == "global-time" and not table.timed:
         raise DataError("data.split=global-time needs times, and this source has none; use leave-one-out")
-    whole = rules.ordered(table.frame)
+    whole = rules.ordered(table.frame, config.target if config.ties == "target-first" else None)
     read = rules.measure(table, whole)
     frame = rules.kept(config, whole)
 
@@ -137,7 +135,7 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
         "times": frame["time"].to_numpy(),
         "offsets": np.concatenate([[0], np.cumsum(lengths["len"].to_numpy(), dtype=np.int64)]),
     }
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"per_second": table.per_second}
     if "rating" in frame.columns:
         arrays["ratings"] = frame["rating"].to_numpy()
     if "behaviour" in frame.columns:
@@ -148,6 +146,9 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     if table.about is not None:
         catalogue = catalogue.join(table.about, on="item", how="left", maintain_order="left")
     catalogue.write_parquet(draft / disk.CATALOGUE)
+    if "domain" in catalogue.columns:
+        numbers_of, facts["domains"] = _coded(catalogue["domain"])
+        np.save(draft / f"{disk.DOMAINS}.npy", numbers_of)
     counts = {"users": lengths.height, "items": catalogue.height, "events": frame.height}
     bad = {"count": table.bad_rows, "first_lines": table.bad_lines}
     extras = sorted(disk.EXTRAS.keys() & arrays.keys())
@@ -164,12 +165,12 @@ def _without_cold(frame: pl.DataFrame, cold: np.ndarray[Any, np.dtype[np.int64]]
     return frame.filter(warm | (last & (warm.sum().over("user") >= 2)))
 
 
-def _coded(behaviours: pl.Series) -> tuple[Any, list[str]]:
-    """Give behaviours as int8 codes in order of first appearance, and their names."""
-    names = behaviours.unique(maintain_order=True).to_list()
+def _coded(column: pl.Series) -> tuple[Any, list[str]]:
+    """Give behaviours or domains as int8 codes in order of first appearance, and their names."""
+    names = column.unique(maintain_order=True).to_list()
     if len(names) > np.iinfo(np.int8).max:
-        raise DataError(f"data.columns.behaviour: {len(names)} different behaviours; is it the right column?")
-    return behaviours.replace_strict(names, range(len(names)), return_dtype=pl.Int8).to_numpy(), names
+        raise DataError(f"data.columns.{column.name}: {len(names)} different {column.name}s; is it the right column?")
+    return column.replace_strict(names, range(len(names)), return_dtype=pl.Int8).to_numpy(), names
 
 
 def _name(config: DataConfig) -> str:

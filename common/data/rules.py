@@ -9,14 +9,18 @@ from common.errors import DataError
 from common.sources import DataConfig
 
 
-def ordered(frame: pl.DataFrame) -> pl.DataFrame:
+def ordered(frame: pl.DataFrame, first: str | None = None) -> pl.DataFrame:
     """Users in order of first appearance, each one's events by time; ties keep the file's order.
+
+    Where a behaviour is named, such events come first among those of equal times, so that none gives them away.
 
     Ties are common (44 % of the users of MovieLens 100K have one between their last two events), and the held-out item
     hangs on them. Sorting them by item id would let ids decide what is predicted.
     """
     numbered = frame.with_row_index("row")
     by = [pl.col("row").min().over("user"), pl.col("time"), pl.col("row")]
+    if first is not None and "behaviour" in frame.columns:
+        by.insert(2, pl.col("behaviour") != first)
     return numbered.sort(by).drop("row")
 
 
@@ -46,7 +50,8 @@ def kept(config: DataConfig, frame: pl.DataFrame) -> pl.DataFrame:
         frame = frame.filter(pl.col("rating") >= least)
         _refuse_empty(frame, f"data.min_rating={least}")
     if config.repeats != "keep":
-        frame = frame.unique(["user", "item"], keep=config.repeats, maintain_order=True)
+        same = ["user", "item", *(["behaviour"] if "behaviour" in frame.columns else [])]
+        frame = frame.unique(same, keep=config.repeats, maintain_order=True)
     frame = k_core(frame, config.min_user_events, config.min_item_events)
     cores = {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events}
     _refuse_empty(frame, " with ".join(f"data.{name}={value}" for name, value in cores.items() if value > 1))

@@ -41,6 +41,14 @@ class Sequences:
         Number of the first user here: 0, or a later one in a device's own file, which holds few users of many.
     population : int
         Number of all users; 0 means that they are all here.
+    target : int
+        Behaviour that is predicted; -1 means all.
+    behaviour_names : tuple of str
+        Names of the behaviours, by their numbers.
+    domain_names : tuple of str
+        Names of the domains, by their numbers.
+    per_second : int
+        Units of `times` in a second.
     """
 
     folder: Path
@@ -52,6 +60,10 @@ class Sequences:
     test: Ints
     first: int = 0
     population: int = 0
+    target: int = -1
+    behaviour_names: tuple[str, ...] = ()
+    domain_names: tuple[str, ...] = ()
+    per_second: int = 1
 
     @classmethod
     def open(cls, folder: Path) -> "Sequences":
@@ -70,7 +82,16 @@ class Sequences:
         ends = arrays["offsets"]
         if ends[0] != 0 or ends[-1] != events:
             raise disk.damaged(folder, f"offsets.npy runs from {ends[0]} to {ends[-1]}, expected 0 to {events}")
-        return cls(folder, **arrays, first=manifest.get("first_user", 0), population=manifest.get("population", 0))
+        return cls(
+            folder,
+            **arrays,
+            behaviour_names=tuple(manifest.get("behaviours", ())),
+            domain_names=tuple(manifest.get("domains", ())),
+            first=manifest.get("first_user", 0),
+            population=manifest.get("population", 0),
+            target=manifest.get("target", -1),
+            per_second=manifest.get("per_second", 1),
+        )
 
     def __len__(self) -> int:
         return len(self.train_end)
@@ -122,11 +143,43 @@ class Sequences:
         except ValueError:
             raise unknown("user", user_id, self._ids) from None
 
-    def extra(self, name: Extra) -> NDArray[Any] | None:
+    def optional(self, name: Extra) -> NDArray[Any] | None:
         """Memory-map an optional array (E,) of the folder; None where the source has no such thing."""
         if not (self.folder / f"{name}.npy").exists():
             return None
         return disk.load_array(self.folder, name, len(self.items))
+
+    @cached_property
+    def behaviours(self) -> NDArray[np.int8] | None:
+        """What sort of event each is, (E,) int8, numbers of `behaviour_names`; None where the source does not say."""
+        return self.optional("behaviours")
+
+    @cached_property
+    def ratings(self) -> NDArray[np.float32] | None:
+        """Rating of each event, (E,) float32; None where the source has none."""
+        return self.optional("ratings")
+
+    @cached_property
+    def domains(self) -> NDArray[np.int8] | None:
+        """Domain of each item, (I,) int8, numbers of `domain_names`; None where there is only one."""
+        return disk.load_array(self.folder, disk.DOMAINS) if len(self.domain_names) > 1 else None
+
+    def targets(self, places: Ints) -> NDArray[np.bool_]:
+        """Tell which events are of the behaviour that is predicted; any shape, negative places are not."""
+        if self.behaviours is None or self.target < 0:
+            return places >= 0
+        found: NDArray[np.bool_] = (places >= 0) & (self.behaviours[places] == self.target)
+        return found
+
+    def had(self, users: Ints, stops: Ints) -> tuple[Ints, Ints]:
+        """As `events`, of the behaviour that is predicted only: items that need not be recommended again."""
+        items, rows = self.events(users, stops)
+        if self.target < 0:
+            return items, rows
+        starts = self.starts(users)
+        counts = stops - starts
+        chosen = self.targets(np.arange(len(rows)) + (starts - (np.cumsum(counts) - counts))[rows])
+        return items[chosen], rows[chosen]
 
     def stops(self, users: Ints, split: Split) -> tuple[Ints, Ints]:
         """Find where the users' histories end in a split, and what comes next.

@@ -25,7 +25,7 @@ class Split(NamedTuple):
     test: Ints
 
 
-def split(config: DataConfig, offsets: Ints, times: Ints) -> Split:
+def split(config: DataConfig, offsets: Ints, times: Ints, places: Ints | None = None) -> Split:
     """Hold events out, as the section says.
 
     Parameters
@@ -36,27 +36,34 @@ def split(config: DataConfig, offsets: Ints, times: Ints) -> Split:
         Bounds of the users' events.
     times : (E,) int64
         Times of all events, ascending in every user.
+    places : (T,) int64, optional
+        Of the events that may be held out, ascending; by default all may.
     """
     if config.split == "leave-one-out":
-        return leave_one_out(offsets)
-    return global_time(offsets, times, config.validation_from, config.test_from)
+        return leave_one_out(offsets, places)
+    return global_time(offsets, times, config.validation_from, config.test_from, places)
 
 
-def leave_one_out(offsets: Ints) -> Split:
-    """Hold out each user's last event (test) and the one before (validation).
+def leave_one_out(offsets: Ints, places: Ints | None = None) -> Split:
+    """Hold out each user's last event (test) and the one before (validation), of those that may be.
 
-    Users with fewer than 3 events only train.
+    Users with fewer than two of them, or with no event before these, only train.
     """
-    ends = offsets[1:]
-    enough = np.diff(offsets) >= 3
-    return Split(np.where(enough, ends - 2, ends), np.where(enough, ends - 2, -1), np.where(enough, ends - 1, -1))
+    starts, ends = offsets[:-1], offsets[1:]
+    before = offsets if places is None else np.searchsorted(places, offsets)  # events that may be, of earlier users
+    validation, test = (_place(before[1:] - back, places) for back in (2, 1))
+    enough = (np.diff(before) >= 2) & (validation > starts)
+    return Split(np.where(enough, validation, ends), np.where(enough, validation, -1), np.where(enough, test, -1))
 
 
-def global_time(offsets: Ints, times: Ints, validation_from: float, test_from: float) -> Split:
-    """Hold out each user's first event from either of two points in time on, the same for all users.
+def global_time(
+    offsets: Ints, times: Ints, validation_from: float, test_from: float, places: Ints | None = None
+) -> Split:
+    """Hold out each user's first event from either of two points in time on, of those that may be.
 
-    The points are quantiles of all event times. Training events lie before the first point. A user whose first event
-    from the first point on lies beyond the second, too, has it in test only. Who has no earlier event is not evaluated.
+    The points are the same for all users, quantiles of all event times. Training events lie before the first point. A
+    user whose first event from the first point on lies beyond the second, too, has it in test only. Who has no earlier
+    event is not evaluated.
 
     Raises
     ------
@@ -72,8 +79,16 @@ def global_time(offsets: Ints, times: Ints, validation_from: float, test_from: f
     starts, ends = offsets[:-1], offsets[1:]
     # Number of each user's events before each point; every user has events, so that reduceat sees no empty slice.
     first, second = (starts + np.add.reduceat(times < point, starts, dtype=np.int64) for point in points)
+    validation, test = first, second
+    if places is not None:
+        validation, test = (_place(np.searchsorted(places, each), places) for each in (first, second))
     return Split(
         first,
-        np.where((first > starts) & (first < second), first, -1),
-        np.where((second > starts) & (second < ends), second, -1),
+        np.where((first > starts) & (validation < second), validation, -1),
+        np.where((second > starts) & (test >= second) & (test < ends), test, -1),
     )
+
+
+def _place(numbers: Ints, places: Ints | None) -> Ints:
+    """Places of events by their numbers among those that may be held out; past the last one, the end."""
+    return numbers if places is None else np.append(places, np.iinfo(np.int64).max)[numbers]

@@ -29,6 +29,8 @@ class Table:
         Where the first of them stand, counted from 1.
     about : DataFrame or None
         item: str, and title: str, genres: list[str] of the catalogue, where known.
+    per_second : int
+        Units of time in a second; numbers without fractions are taken for seconds.
     """
 
     frame: pl.DataFrame
@@ -36,6 +38,7 @@ class Table:
     bad_rows: int = 0
     bad_lines: list[int] = field(default_factory=list)
     about: pl.DataFrame | None = None
+    per_second: int = 1
 
 
 def checked(
@@ -70,10 +73,11 @@ def checked(
         If no row is good, or if one is bad and `strict`.
     """
     try:
-        typed = raw.select("line", *_typed(raw, path, time_format))
+        time, per_second = _time(raw, path, time_format) if "time" in raw.columns else (None, 1)
+        typed = raw.select("line", *_typed(raw, time))
     except pl.exceptions.PolarsError as error:  # a Parquet column of lists, say
         raise DataError(f"{path}: {str(error).splitlines()[0]}") from None
-    timed = "time" in raw.columns
+    timed = time is not None
     if not timed:
         typed = typed.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("time"))
     good = pl.all_horizontal(pl.exclude("line").is_not_null())
@@ -84,10 +88,10 @@ def checked(
     frame = typed.filter(good).drop("line")
     if frame.is_empty():
         raise DataError(f"{path} holds no events: {where}" if len(bad) else f"{path} is empty")
-    return Table(frame, timed, len(bad), bad.head(_SHOWN).to_list(), about)
+    return Table(frame, timed, len(bad), bad.head(_SHOWN).to_list(), about, per_second)
 
 
-def _typed(raw: pl.DataFrame, path: Path, time_format: str | None) -> list[pl.Expr]:
+def _typed(raw: pl.DataFrame, time: pl.Expr | None) -> list[pl.Expr]:
     names = [role for role in ("user", "item", "behaviour", "domain") if role in raw.columns]
     columns: dict[str, pl.Expr] = {role: _name(role) for role in names}
     if "domain" in columns:
@@ -95,8 +99,8 @@ def _typed(raw: pl.DataFrame, path: Path, time_format: str | None) -> list[pl.Ex
     if "rating" in raw.columns:
         rating = pl.col("rating").cast(pl.Float32, strict=False)
         columns["rating"] = pl.when(rating.is_finite()).then(rating)
-    if "time" in raw.columns:
-        columns["time"] = _time(raw, path, time_format)
+    if time is not None:
+        columns["time"] = time
     return [expression.alias(role) for role, expression in columns.items()]
 
 
@@ -106,22 +110,22 @@ def _name(role: str) -> pl.Expr:
     return pl.when(text != "").then(text)
 
 
-def _time(raw: pl.DataFrame, path: Path, time_format: str | None) -> pl.Expr:
-    """Read times as integers: numbers as they are, dates and fractions in microseconds."""
+def _time(raw: pl.DataFrame, path: Path, time_format: str | None) -> tuple[pl.Expr, int]:
+    """Read times as integers: numbers as they are, dates and fractions in microseconds; and units in a second."""
     time = pl.col("time")
     if raw["time"].dtype.is_temporal():
-        return time.cast(pl.Datetime("us"), strict=False).cast(pl.Int64)
+        return time.cast(pl.Datetime("us"), strict=False).cast(pl.Int64), 10**6
     if time_format is not None:
-        return _date(raw, path, time_format).cast(pl.Int64)
+        return _date(raw, path, time_format).cast(pl.Int64), 10**6
     if raw["time"].dtype == pl.String:
         time = time.str.strip_chars()
     whole, number = time.cast(pl.Int64, strict=False), time.cast(pl.Float64, strict=False)
     if raw["time"].dtype.is_float() or raw.select(whole.is_null().any()).item():
         fractions = (number != number.floor()) & number.is_finite()
         if raw.select(fractions.any()).item():
-            return (number * 1e6).round().cast(pl.Int64, strict=False)
-        return pl.coalesce(whole, number.cast(pl.Int64, strict=False))
-    return whole
+            return (number * 1e6).round().cast(pl.Int64, strict=False), 10**6
+        return pl.coalesce(whole, number.cast(pl.Int64, strict=False)), 1
+    return whole, 1
 
 
 def _date(raw: pl.DataFrame, path: Path, time_format: str) -> pl.Expr:

@@ -1,7 +1,7 @@
 """The encoder, written once for a cohort of users; by default SASRec's."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +9,10 @@ from torch import Tensor
 
 from common.models.attention import Setting, attention_weights, multi_head, recency_bias
 from common.models.fronts import front
+from common.models.inputs import Moments, embedded
 from common.models.linear import layer_norm, linear
 from common.models.mixing import interval_buckets
 from common.models.schema import ModelConfig
-
-
-class Moments(NamedTuple):
-    """When events happened."""
-
-    times: Tensor
-    """Seconds, right-padded, ``(C, L)`` int64."""
-    lengths: Tensor
-    """Real events of each user, ``(C,)`` int64."""
 
 
 def dropout_sites(config: ModelConfig) -> int:
@@ -53,7 +45,7 @@ def encode(
         Scaled dropout masks ``(C, L, dropout_sites, D)``; none in evaluation. Positions first, so that a longer padding
         draws the same masks.
     moments : Moments, optional
-        When; looked at where ``config.timed``.
+        When, and what else is known; wanted where the model looks at it.
     watched : list of Tensor, optional
         Each block's attention weights are put here, ``(C, H, L, L)``, to be looked at.
 
@@ -73,12 +65,14 @@ def encode(
     else:
         x = x * config.dim**0.5
         bias = recency_bias(length, config.recency) if config.position == "recency" else None
+    if config.inputs:
+        x = x + embedded(config, parameters, _known(moments))
     x = x if masks is None else x * masks[:, :, 0]
     if config.encoder != "attention":
         p = _of("front", parameters)
         h = front(config.encoder, config.kernel, p, layer_norm(x, p["norm.weight"], p["norm.bias"]))
         x = add_dropped(x, h, 2 * config.attends + 1)
-    buckets = _buckets(config, moments) if config.timed else None
+    buckets = _buckets(config, moments) if config.intervals else None
     for block in range(config.attends):
         p = _of(f"blocks.{block}", parameters)
         h = layer_norm(x, p["norm1.weight"], p["norm1.bias"])
@@ -101,7 +95,14 @@ def _of(place: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name[begin:]: part for name, part in parameters.items() if name.startswith(f"{place}.")}
 
 
+def _known(moments: Moments | None) -> Moments:
+    if moments is None:
+        raise ValueError("this model wants to know more of events than their items")
+    return moments
+
+
 def _buckets(config: ModelConfig, moments: Moments | None) -> Tensor:
-    if moments is None or config.attention.kind != "time-aware":
-        raise ValueError("attention time-aware wants the times of events")
-    return interval_buckets(*moments, config.attention.buckets, config.attention.scale)
+    times, lengths, *_ = _known(moments)
+    if config.attention.kind != "time-aware":
+        raise ValueError(f"attention {config.attention.kind} has no intervals")
+    return interval_buckets(times, lengths, config.attention.buckets, config.attention.scale)

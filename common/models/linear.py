@@ -37,3 +37,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         same: Tensor = LayerNorm.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return same
     return torch.addcmul(bias.unsqueeze(-2), F.layer_norm(x, x.shape[-1:]), weight.unsqueeze(-2))
+
+
+def lookup(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table, shared ``(R, D)`` or each user's own ``(C, R, D)``, at ``(C, L)`` → ``(C, L, D)``."""
+    if table.dim() == 2:
+        return F.embedding(index, table)
+    c, r, d = table.shape
+    return F.embedding(index + torch.arange(c).unsqueeze(-1) * r, table.reshape(c * r, d))

@@ -187,9 +187,14 @@ def interval_buckets(times: Tensor, lengths: Tensor, buckets: int, scale: str = 
     unit = unit.masked_fill(unit == never, 1)
     times = times.masked_fill(~real, 0)
     r = (times.unsqueeze(-1) - times.unsqueeze(-2)).clamp(min=0) // unit.unsqueeze(-1)  # (C, L, L)
+    return bucketed(r, buckets, scale).masked_fill(~(real.unsqueeze(-1) & real.unsqueeze(-2)), 0)
+
+
+def bucketed(r: Tensor, buckets: int, scale: str) -> Tensor:
+    """Buckets of intervals that are r units long, int64 of any shape; as in `interval_buckets`."""
     if scale == "log":
         r = (max(1, buckets // OCTAVES) * (1 + r.double()).log2()).long()
-    return r.clamp(max=buckets - 1).masked_fill(~(real.unsqueeze(-1) & real.unsqueeze(-2)), 0)
+    return r.clamp(max=buckets - 1)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, chunk: int = 64) -> Tensor:

@@ -77,12 +77,69 @@ AttentionConfig = Annotated[
 """What `model.attention` may be."""
 
 
+class BehaviourInput(Section):
+    """What sort of event it was: view, cart, buy and so on."""
+
+    kind: Literal["behaviour"]
+    """Selects this input."""
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of all behaviours of the data, as in its column."""
+
+
+class RatingInput(Section):
+    """A rating, by a place between two vectors; none counts as nothing."""
+
+    kind: Literal["rating"]
+    """Selects this input."""
+    low: float = 1.0
+    """The rating that is the first vector; lower ones count as this."""
+    high: float = 5.0
+    """The rating that is the second; higher ones count as this."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RatingInput":
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be smaller than high ({self.high})")
+        return self
+
+
+class HourInput(Section):
+    """Hour of the day, in UTC."""
+
+    kind: Literal["hour"]
+    """Selects this input."""
+
+
+class WeekdayInput(Section):
+    """Day of the week, in UTC."""
+
+    kind: Literal["weekday"]
+    """Selects this input."""
+
+
+class IntervalInput(Section):
+    """Time since the event before, in doublings of a second."""
+
+    kind: Literal["interval"]
+    """Selects this input."""
+    buckets: Positive = 32
+    """Longer intervals than 2 to the power of so many less one, in seconds, count as the last."""
+
+
+InputConfig = Annotated[
+    BehaviourInput | RatingInput | HourInput | WeekdayInput | IntervalInput, Field(discriminator="kind")
+]
+"""What of an event is looked at beside its item."""
+
+
 class ModelConfig(Section):
     """A sequence encoder with tied item embeddings; by default SASRec (Kang & McAuley, ICDM 2018), pre-LN."""
 
     encoder: Literal["attention", "gru-attention", "cnn-attention", "gru"] = "attention"
     """`attention`: blocks of self-attention. `gru-attention`, `cnn-attention`: a recurrent layer or a causal
     convolution in front of them. `gru`: the recurrent layer alone (GRU4Rec: Hidasi et al., ICLR 2016), a baseline."""
+    inputs: tuple[InputConfig, ...] = ()
+    """What of an event is looked at beside its item; each kind has vectors of its own, which are added."""
     attention: AttentionConfig = ScaledDotProduct()
     """How positions attend to their past."""
     head: Literal["dot-product", "target"] = "dot-product"
@@ -136,6 +193,13 @@ class ModelConfig(Section):
             raise ValueError(f"own_dropout is for items: both; with items: {self.items} it does nothing")
         return self
 
+    @model_validator(mode="after")
+    def _inputs_once(self) -> "ModelConfig":
+        kinds = [each.kind for each in self.inputs]
+        if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+            raise ValueError(f"input {twice[0]} comes twice; name each kind once")
+        return self
+
     @property
     def attends(self) -> int:
         """Blocks of self-attention."""
@@ -144,10 +208,16 @@ class ModelConfig(Section):
     @property
     def timed(self) -> bool:
         """Whether the model looks at the times of events."""
+        looking = {"hour", "weekday", "interval"} & {each.kind for each in self.inputs}
+        return bool(looking) or self.intervals
+
+    @property
+    def intervals(self) -> bool:
+        """Whether attention looks at the times between events."""
         return self.attends > 0 and self.attention.kind == "time-aware"
 
     @property
     def plain(self) -> bool:
         """Whether this is SASRec itself."""
         usual = "attention", "scaled-dot-product", "dot-product", "own"
-        return (self.encoder, self.attention.kind, self.head, self.items) == usual
+        return (self.encoder, self.attention.kind, self.head, self.items) == usual and not self.inputs

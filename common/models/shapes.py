@@ -1,6 +1,6 @@
 """Names and shapes of the model's parameters, in the order in which they travel; free of torch, so `show` is quick."""
 
-from common.models.schema import Additive, ModelConfig, TimeAware
+from common.models.schema import Additive, BehaviourInput, InputConfig, IntervalInput, ModelConfig, TimeAware
 
 ITEM_TABLE = "item"
 """Name of the tied item-embedding table, the one parameter whose size grows with the catalogue."""
@@ -25,6 +25,7 @@ def parameter_shapes(config: ModelConfig, items: int) -> dict[str, tuple[int, ..
     shapes: dict[str, tuple[int, ...]] = {ITEM_TABLE: (items, d)}
     if config.position == "learned" and config.encoder != "gru":
         shapes["position"] = (config.max_length, d)
+    shapes |= {f"inputs.{each.kind}": (_values(each), d) for each in config.inputs}
     shapes |= {f"front.{name}": shape for name, shape in _front(config).items()}
     for block in range(config.attends):
         attention = {
@@ -49,6 +50,15 @@ def parameter_shapes(config: ModelConfig, items: int) -> dict[str, tuple[int, ..
     if config.head == "target":
         shapes |= {"target.key.weight": (d, d), "target.value.weight": (d, d)}
     return shapes
+
+
+def _values(config: InputConfig) -> int:
+    """How many vectors an input has."""
+    if isinstance(config, BehaviourInput):
+        return len(config.names)
+    if isinstance(config, IntervalInput):
+        return config.buckets
+    return {"rating": 2, "hour": 24, "weekday": 7}[config.kind]
 
 
 def _front(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -314,7 +314,7 @@ def test_ranking_scores_as_training_does(kind):
         items, times = (
             torch.tensor([row[i] + [7] * (LONGEST - len(row[i])) for row in rows]) for i in (0, 1)
         )  # padded with what is neither an item's nor a time's usual filling
-        ranked = final_scores(model, weights, items, lengths, times if model.timed else None)
+        ranked = final_scores(model, weights, items, lengths, Moments(times, lengths))
         parameters = named(model, weights.body)
         hidden = encode(model, parameters, weights.table[items], moments=Moments(times, lengths))
         past, here = history(model, parameters, hidden), (torch.arange(len(users)), lengths - 1)

@@ -39,7 +39,7 @@ def test_ranks_are_those_of_the_clients(seed):
     """Short, long and repetitive histories; of whom nothing is held out has no rank."""
     experiment = placed()
     weights = world.weights(experiment.model, ITEMS, seed)
-    ranks = centralised.test_ranks(module(experiment, weights), HELD_OUT)
+    ranks = centralised.test_ranks(experiment, module(experiment, weights), HELD_OUT)
     wanted = rank(experiment, weights, HELD_OUT, np.arange(len(HISTORIES)), "test")
     np.testing.assert_array_equal(ranks, wanted.full)
     assert np.isnan(ranks[2]), "one event, nothing held out"
@@ -52,7 +52,7 @@ def test_ties_count_as_the_clients_count_them():
     table, body = world.weights(experiment.model, ITEMS)
     table[[8, 9, 10, 11]] = 0
     weights = Weights(table, body)
-    ranks = centralised.test_ranks(module(experiment, weights), HELD_OUT)
+    ranks = centralised.test_ranks(experiment, module(experiment, weights), HELD_OUT)
     wanted = rank(experiment, weights, HELD_OUT, np.arange(len(HISTORIES)), "test").full
     np.testing.assert_array_equal(ranks, wanted)
     assert ranks[1] % 1 == 0.5, "three rivals at its score"

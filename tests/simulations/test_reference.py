@@ -86,7 +86,7 @@ def test_hidden_states_are_those_of_the_federated_model(model, dropped):
     masks = torch.rand(len(items), LONGEST, dropout_sites(config), config.dim) if dropped else None
     assert other.sites == dropout_sites(config)
     wanted = encode(config, parameters, weights.table[items], masks, Moments(times, LENGTHS))
-    found = other(items, masks, times)
+    found = other(items, masks, {"times": times})
     assert (found - wanted)[real].abs().max() < 1e-5
     assert wanted[real].std() > 0.1
 

@@ -49,8 +49,8 @@ def test_ratings_and_behaviours(source):
     folder = prepare(source("table", "t.csv", content, columns=Columns(behaviour="how", rating="stars")))
     sequences = Sequences.open(folder)
     assert manifest(folder)["behaviours"] == ["view", "buy"]
-    assert sequences.extra("behaviours").tolist() == [0, 1, 0]
-    assert sequences.extra("ratings").tolist() == [2.0, 1.5, 3.0]
+    assert sequences.optional("behaviours").tolist() == [0, 1, 0]
+    assert sequences.optional("ratings").tolist() == [2.0, 1.5, 3.0]
     assert sequences.times.tolist() == [1, 2, 3]
 
 
@@ -126,7 +126,7 @@ def test_an_interrupt_leaves_nothing(source, cache, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "split", interrupt)
+    monkeypatch.setattr(module, "hold_out", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(source("pairs", "p.txt", PAIRS))
     assert list(cache.iterdir()) == []

@@ -107,7 +107,7 @@ def test_index_of_names_the_nearest(small):
 
 
 def test_optional_arrays(small):
-    assert small.extra("ratings") is None
+    assert small.optional("ratings") is None
 
 
 def cut(path):

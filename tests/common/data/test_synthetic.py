@@ -132,7 +132,7 @@ def test_on_disk(monkeypatch):
     assert len(sequences) == 300
     cuts = sequences.offsets[1:-1]
     assert [part.tolist() for part in np.split(sequences.items, cuts)] == histories
-    assert [part.tolist() for part in np.split(sequences.extra("causes"), cuts)] == causes
+    assert [part.tolist() for part in np.split(sequences.optional("causes"), cuts)] == causes
     assert sequences.user_ids()[:2] == ["0", "1"]
     assert (sequences.test >= 0).mean() > 0.5
 

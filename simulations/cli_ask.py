@@ -1,0 +1,73 @@
+"""The verbs that ask a finished run."""
+
+import csv
+import io
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common.errors import UsageError
+from simulations.terminal import AsJson, Screen, print_json
+
+RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
+
+
+def evaluate(
+    folder: RunDir,
+    split: Annotated[str, typer.Option(help="[cyan]validation[/] or [cyan]test[/].")] = "test",
+    ranks: Annotated[Path | None, typer.Option(help="Write user and rank to this CSV file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank every user's held-out item with a finished run's model."""
+    if split not in {"validation", "test"}:
+        raise UsageError(f"--split {split}: must be validation or test")
+    from simulations.inference import evaluate as evaluate_run
+
+    figures = evaluate_run(folder, "validation" if split == "validation" else "test", ranks)
+    if as_json:
+        print_json(figures)
+    else:
+        from simulations.report import render_evaluation
+
+        render_evaluation(Screen(), figures)
+
+
+def recommend(
+    folder: RunDir,
+    user: Annotated[str | None, typer.Option(help="Somebody in the data.", show_default=False)] = None,
+    history: Annotated[
+        str | None, typer.Option(help="ITEM,ITEM,… in time order, by id or title, for anybody.", show_default=False)
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Answer events on standard input, one JSON line each, with lines.")
+    ] = False,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend items to a user; what the user had before is left out."""
+    if (user is not None) + (history is not None) + watch != 1:
+        raise UsageError("name --user ID, --history ITEM,ITEM,… or --watch; one of the three")
+    from simulations.inference import Trained
+
+    trained = Trained(folder)
+    if watch:
+        from simulations.watching import watch as answer
+
+        with suppress(KeyboardInterrupt):  # as good an end as that of the lines
+            answer(trained, io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace"), k, sys.stdout)
+        return
+    items = trained.for_user(user, k) if user is not None else trained.for_history(_quoted(history or ""), k)
+    if as_json:
+        print_json({"user": user, "items": items})
+    else:
+        from simulations.report import render_items
+
+        render_items(Screen(), items)
+
+
+def _quoted(text: str) -> list[str]:
+    """Names between commas; one that has commas itself stands in quotes."""
+    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), []) if name.strip()]
