@@ -42,7 +42,13 @@ class Stack(NamedTuple):
 
 
 def own_gradients(
-    experiment: Experiment, read: Vectors, body: Tensor, problem: Problem, round_: int, step: int = 0
+    experiment: Experiment,
+    read: Vectors,
+    body: Tensor,
+    problem: Problem,
+    round_: int,
+    step: int = 0,
+    table: Tensor | None = None,
 ) -> tuple[Tables, list[Tensor | Outer], Tensor]:
     """Each user's gradient of its own loss in one step, exact; nothing mixes users.
 
@@ -60,6 +66,8 @@ def own_gradients(
         With the seed and each user, the key of all draws.
     step : int
         Which of the problem's steps.
+    table : Tensor, optional
+        What was read from, ``(R, D)``, the same for all; wanted where items are built.
 
     Returns
     -------
@@ -90,13 +98,13 @@ def own_gradients(
     of_body = [taps[name].gradient if name in taps else of_own[name] for name in body_shapes(model)]
     if isinstance(vectors.scored, Tap):
         of_read = of_read._replace(scored=as_tensor(vectors.scored.gradient))
-    return _of_rows(of_read, problem, step), _side_by_side(of_body), losses.detach()
+    return _of_rows(of_read, problem, step, table), _side_by_side(of_body), losses.detach()
 
 
-def _of_rows(of_read: Vectors, problem: Problem, step: int) -> Tables:
+def _of_rows(of_read: Vectors, problem: Problem, step: int, table: Tensor | None = None) -> Tables:
     """Gradients of item rows from those of the vectors that a step read."""
-    if problem.mixture is not None:
-        return Tables.split(problem.mixture.gradient(_of_items(of_read, problem, step)), problem.mixture.rows)
+    if problem.mixture is not None and table is not None:
+        return Tables.split(problem.mixture.gradient(_of_items(of_read, problem, step), table), problem.mixture.rows)
     n, (c, _, d) = problem.shared, of_read.events.shape
     width = 0 if problem.rows is None else problem.rows.shape[1] - n
     shared = of_read.scored.contiguous() if isinstance(of_read.scored, Tensor) else torch.zeros(c, 0, d)

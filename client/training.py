@@ -187,8 +187,10 @@ class Updates:
     def _one_step(self) -> tuple[Stack, NDArray[np.float32]]:
         """Each user's own gradient at the shared weights."""
         # What a user reads is gathered from the shared table; where its gradients belong is told apart afterwards.
-        read = read_vectors(self._shared_rows(), self._shared, 0)
-        tables, parts, losses = own_gradients(self._experiment, read, self._weights.body, self._own, self._round)
+        rows = self._shared_rows()
+        read = read_vectors(rows, self._shared, 0)
+        body, own = self._weights.body, self._own
+        tables, parts, losses = own_gradients(self._experiment, read, body, own, self._round, table=rows)
         # The step itself, not a difference of weights, which would lose its last digits.
         factors = torch.full((len(self.users),), -self._experiment.federation.local.lr)
         return Stack(tables, parts, factors), losses.numpy()

@@ -36,33 +36,39 @@ class ItemRows(NamedTuple):
     """``(nnz,)``, each below `size`."""
     weights: NDArray[np.float32]
     """``(nnz,)``."""
-    size: int
-    """Number of rows there are."""
+    groups: tuple[int, ...]
+    """Number of rows of each feature, in their order."""
+
+    @property
+    def size(self) -> int:
+        """Number of rows there are."""
+        return sum(self.groups)
 
 
 def rows_of(features: "Features") -> ItemRows:
     """Number the rows, feature after feature, and say what each item is made of."""
     owners, rows, weights = [], [], []
-    begin = 0
+    groups: list[int] = []
     for feature in features:
+        begin = sum(groups)
         if isinstance(feature.values, Bags):
             bags = feature.values
             owners.append(np.repeat(np.arange(features.items), np.diff(bags.offsets)))
             rows.append(begin + bags.values)
             weights.append(bags.weights)
-            begin += bags.size
+            groups.append(bags.size)
         else:
             item, column = np.nonzero(feature.values.matrix)
             owners.append(item)
             rows.append(begin + column)
             weights.append(feature.values.matrix[item, column])
-            begin += feature.values.matrix.shape[1]
+            groups.append(feature.values.matrix.shape[1])
     nothing = [np.zeros(0, dtype=np.int64)]
     owner = np.concatenate([*nothing, *owners])
     order = np.argsort(owner, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=features.items))]).astype(np.int64)
     values = np.concatenate([np.zeros(0, dtype=np.float32), *weights]).astype(np.float32)
-    return ItemRows(offsets, np.concatenate([*nothing, *rows])[order], values[order], begin)
+    return ItemRows(offsets, np.concatenate([*nothing, *rows])[order], values[order], tuple(groups))
 
 
 def save(folder: Path, features: "Features") -> dict[str, Any]:
@@ -72,7 +78,7 @@ def save(folder: Path, features: "Features") -> dict[str, Any]:
     for name, array in zip(_ARRAYS, arrays, strict=True):
         np.save(folder / f"{name}.npy", array)
     write_json(folder / FITTED, features.fitted())
-    return {"digest": features.digest, "rows": made.size}
+    return {"digest": features.digest, "rows": made.groups}
 
 
 def load(folder: Path) -> ItemRows | None:
@@ -97,18 +103,18 @@ def load(folder: Path) -> ItemRows | None:
             raise disk.damaged(folder, f"{name}.npy is not a list of {np.dtype(dtype)}")
         arrays.append(array)
     offsets, rows, weights = arrays
-    size = told["rows"]
+    groups = tuple(told["rows"])
     sound = (
         len(offsets) == manifest["kept"]["items"] + 1
         and offsets[0] == 0
         and offsets[-1] == len(rows) == len(weights)
         and (np.diff(offsets) >= 0).all()
-        and (not len(rows) or (rows.min() >= 0 and rows.max() < size))
+        and (not len(rows) or (rows.min() >= 0 and rows.max() < sum(groups)))
         and np.isfinite(weights).all()
     )
     if not sound:
         raise disk.damaged(folder, "its items' features do not fit one another")
-    return ItemRows(offsets, rows, weights, size)
+    return ItemRows(offsets, rows, weights, groups)
 
 
 def table_rows(experiment: Experiment, catalogue: Catalogue) -> int:
@@ -124,7 +130,9 @@ def table_rows(experiment: Experiment, catalogue: Catalogue) -> int:
     known = disk.read_manifest(catalogue.folder).get("features")
     if known is None:
         raise unknown_features(catalogue.folder)
-    return int(known["rows"]) + (catalogue.items if experiment.model.items == "both" else 0)
+    groups, own = known["rows"], experiment.model.items == "both"
+    gates = len(groups) + own if experiment.model.fusion == "gate" else 0
+    return int(sum(groups)) + catalogue.items * own + gates
 
 
 def unknown_features(folder: Path) -> DataError:

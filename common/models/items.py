@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ class Mixture:
     """The same, transposed."""
     own: Tensor | None
     """1 where an item's own row counts, else 0, ``(I, 1)``; none where there are no such rows."""
+    groups: tuple[int, ...] = ()
+    """Rows of each feature."""
+    fusion: str = "sum"
+    """As in `ModelConfig.fusion`."""
+    parts: tuple[tuple[Tensor, Tensor], ...] = ()
+    """`forth` and `back` of each feature, for a gate."""
 
     @property
     def items(self) -> int:
@@ -34,22 +41,77 @@ class Mixture:
         return self.forth.shape[0]
 
     @property
+    def kinds(self) -> int:
+        """Number M of vectors that are fused: one a feature and, if there is one, the item's own."""
+        return len(self.groups) + (self.own is not None)
+
+    @property
     def rows(self) -> int:
         """Number of rows R of the table."""
-        return self.forth.shape[1] + (0 if self.own is None else self.items)
+        gates = self.kinds if self.fusion == "gate" else 0
+        return self.forth.shape[1] + (0 if self.own is None else self.items) + gates
 
     def vectors(self, table: Tensor) -> Tensor:
         """Item vectors of a table, ``(R, D) → (I, D)`` or, of each user's own, ``(C, R, D) → (C, I, D)``."""
+        if self.fusion == "gate":
+            each, gates = self._each(table)
+            weights = self._weights(each, gates)
+            return torch.stack([weight * part for weight, part in zip(weights, each, strict=True)]).sum(0)
+        begin = 0 if self.own is None else self.items
+        features = table[..., begin:, :]
+        if self.fusion == "concatenation":
+            features = features * self.columns(table.shape[-1])[begin:]
+        built: Tensor = _Times.apply(features, self.forth, self.back)  # type: ignore[no-untyped-call]
         if self.own is None:
-            built: Tensor = _Times.apply(table, self.forth, self.back)  # type: ignore[no-untyped-call]
             return built
-        built = _Times.apply(table[..., self.items :, :], self.forth, self.back)  # type: ignore[no-untyped-call]
-        return torch.addcmul(built, table[..., : self.items, :], self.own)
+        own = self.own * self.columns(table.shape[-1])[0] if self.fusion == "concatenation" else self.own
+        return torch.addcmul(built, table[..., : self.items, :], own)
 
-    def gradient(self, of_vectors: Tensor) -> Tensor:
-        """Gradient of the table from that of the vectors, ``(…, I, D) → (…, R, D)``."""
-        of_features = _times(self.back, of_vectors)
-        return of_features if self.own is None else torch.cat([of_vectors * self.own, of_features], dim=-2)
+    def gradient(self, of_vectors: Tensor, table: Tensor) -> Tensor:
+        """Gradient of each user's table from that of the vectors, ``(C, I, D) → (C, R, D)``, at one ``(R, D)``."""
+        if self.fusion == "gate":
+            return self._gate_gradient(of_vectors, table)
+        found = _times(self.back, of_vectors)
+        if self.own is not None:
+            found = torch.cat([of_vectors * self.own, found], dim=-2)
+        return found * self.columns(table.shape[-1]) if self.fusion == "concatenation" else found
+
+    def columns(self, dim: int) -> Tensor:
+        """Which columns each row may fill where vectors stand side by side, ``(R, D)`` of 0 and 1."""
+        sizes = ([] if self.own is None else [self.items]) + list(self.groups)
+        kind = torch.arange(self.kinds).repeat_interleave(torch.tensor(sizes))  # (R,)
+        place = torch.arange(dim) * self.kinds // dim  # (D,)
+        return (kind.unsqueeze(-1) == place).float()
+
+    def _each(self, table: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The vectors to be fused, ``(…, I, D)`` each, and the gates ``(…, M, D)``."""
+        sizes = ([] if self.own is None else [self.items]) + list(self.groups)
+        *rows, gates = table.split([*sizes, self.kinds], dim=-2)
+        own = [] if self.own is None else [rows.pop(0) * self.own]
+        made = [_Times.apply(part, *pair) for part, pair in zip(rows, self.parts, strict=True)]  # type: ignore[no-untyped-call]
+        return own + made, gates
+
+    def _weights(self, each: list[Tensor], gates: Tensor) -> Tensor:
+        """Weight of each vector, ``(M, …, I, 1)``; their mean is 1, so that equal ones make a sum."""
+        logits = [(part * gates[..., m, None, :]).sum(-1, keepdim=True) for m, part in enumerate(each)]
+        return torch.stack(logits).softmax(0) * self.kinds
+
+    def _gate_gradient(self, of_vectors: Tensor, table: Tensor) -> Tensor:
+        """By hand, for many users at once: all of them stand at one table."""
+        each, gates = self._each(table)
+        weights = self._weights(each, gates)  # (M, I, 1)
+        matches = torch.stack([(of_vectors * part).sum(-1, keepdim=True) for part in each])  # (M, C, I, 1)
+        mean = (weights.unsqueeze(1) * matches).sum(0) / self.kinds  # (C, I, 1)
+        of_rows, of_gates = [], []
+        for m, part in enumerate(each):
+            of_logit = weights[m] * (matches[m] - mean)  # (C, I, 1)
+            of_gates.append((of_logit * part).sum(-2, keepdim=True))  # (C, 1, D)
+            of_part = weights[m] * of_vectors + of_logit * gates[m]
+            if self.own is not None and m == 0:
+                of_rows.append(of_part * self.own)
+            else:
+                of_rows.append(_times(self.parts[m - (self.own is not None)][1], of_part))
+        return torch.cat([*of_rows, *of_gates], dim=-2)
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
@@ -91,7 +153,8 @@ def mixture_of(experiment: Experiment, folder: Path, round_: int | None = None) 
     """
     if experiment.model.items == "own":
         return None
-    made = _mixture(folder, experiment.data.cold if experiment.model.items == "both" else None)
+    cold = experiment.data.cold if experiment.model.items == "both" else None
+    made = _mixture(folder, cold, experiment.model.fusion)
     if round_ is None or made.own is None or not experiment.model.own_dropout:
         return made
     coins = generator(experiment.seed, "own-rows", round_).random((made.items, 1))
@@ -99,19 +162,26 @@ def mixture_of(experiment: Experiment, folder: Path, round_: int | None = None) 
 
 
 @lru_cache(maxsize=4)
-def _mixture(folder: Path, cold: float | None) -> Mixture:
+def _mixture(folder: Path, cold: float | None, fusion: str) -> Mixture:
     """With own rows, but for those of so large a share of cold items; or with none."""
     known = itemrows.load(folder)
     if known is None:
         raise itemrows.unknown_features(folder)
     items = len(known.offsets) - 1
-    place = torch.from_numpy(np.stack([np.repeat(np.arange(items), np.diff(known.offsets)), known.rows]))
-    matrix = torch.sparse_coo_tensor(place, torch.from_numpy(known.weights), (items, known.size), check_invariants=True)
-    matrix = matrix.coalesce()
+    owners, ends = np.repeat(np.arange(items), np.diff(known.offsets)), np.cumsum((0, *known.groups))
     own = None
     if cold is not None:
         own = torch.ones(items, 1)
         own[torch.tensor(cold_items(items, cold, 0))] = 0  # of which nothing but features will ever be learnt
+
+    def pair(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        here = (known.rows >= begin) & (known.rows < end)
+        place = torch.from_numpy(np.stack([owners[here], known.rows[here] - begin]))
+        weights = torch.from_numpy(known.weights[here])
+        matrix = torch.sparse_coo_tensor(place, weights, (items, end - begin), check_invariants=True).coalesce()
+        return matrix.to_sparse_csr(), matrix.t().coalesce().to_sparse_csr()
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")  # products, all we need, are settled
-        return Mixture(matrix.to_sparse_csr(), matrix.t().coalesce().to_sparse_csr(), own)
+        parts = tuple(pair(*bounds) for bounds in pairwise(ends)) if fusion == "gate" else ()
+        return Mixture(*pair(0, known.size), own, known.groups, fusion, parts)

@@ -148,6 +148,9 @@ class ModelConfig(Section):
     items: Literal["own", "features", "both"] = "own"
     """What an item's vector is: one of its `own`; the sum of those of its `features` (see `data.features`), so that
     items may be new, and the model small; or `both`, added up."""
+    fusion: Literal["sum", "concatenation", "gate"] = "sum"
+    """How an item's own vector and those of its features become one. `concatenation`: each fills columns of its own.
+    `gate`: their weights are a softmax, for each item, of how they match a learned vector each."""
     own_dropout: Share = 0.0
     """With `items: both`, share of the items whose own vectors are left away in a round of training, so that features
     learn to stand alone (DropoutNet: Volkovs et al., NeurIPS 2017): for items that are new."""
@@ -191,6 +194,12 @@ class ModelConfig(Section):
     def _own_rows_are_there(self) -> "ModelConfig":
         if self.own_dropout and self.items != "both":
             raise ValueError(f"own_dropout is for items: both; with items: {self.items} it does nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _there_is_something_to_fuse(self) -> "ModelConfig":
+        if self.fusion != "sum" and self.items == "own":
+            raise ValueError(f"fusion {self.fusion} is for items that are built; items: own have one vector")
         return self
 
     @model_validator(mode="after")

@@ -91,7 +91,7 @@ def test_vectors_are_what_the_matrix_makes_of_the_rows(files, items):
         pull = torch.randn_like(expected)
         theirs, ours = (torch.autograd.grad((each * pull).sum(), table)[0] for each in (expected, made))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-        back = mixture.gradient(pull)
+        back = mixture.gradient(pull, table[0])
         torch.testing.assert_close(back, ours if given.dim() == 3 else ours[1], atol=1e-5, rtol=0)
 
 
@@ -152,7 +152,7 @@ def test_own_rows_are_left_away_by_round_and_in_training_only(files):
     assert bool(mixture_of(experiment, folder).own.all())
     mixture = mixture_of(experiment, folder, 1)
     gone = first.flatten() == 0
-    untouched = mixture.gradient(torch.ones(mixture.items, 3))[: mixture.items][gone]
+    untouched = mixture.gradient(torch.ones(1, mixture.items, 3), torch.ones(mixture.rows, 3))[0][: mixture.items][gone]
     assert not untouched.any()
 
 
