@@ -15,6 +15,7 @@ from client import shard
 from client.accounts import accounts_of, kept_by, store
 from client.device import Device, user_of, users_of
 from client.handlers import handle_evaluate, handle_query, handle_train, introduction
+from client.own import recalled, remember
 from common.errors import DataError, HushrecError, UsageError
 from common.privacy.schema import ExampleLevel, on_device
 from common.run_config import experiment_of
@@ -70,27 +71,41 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the global model on the events of this node's users, and reply with the update."""
-    users, device = _here(message, context), Device.of(context)
-    if users is None:
-        user = user_of(context)
-        if on_device(device.experiment.privacy) is None:
-            return handle_train([message], [user], device)[0]
-        device = replace(device, accounts=accounts_of(context, user), trainer=alone(device))
-        reply = handle_train([message], [user], device)[0]
-        store(device.accounts, context, user)
-        return reply
-    if on_device(device.experiment.privacy) is not None:
-        device = replace(device, accounts=kept_by(context))
-    return shard.handle("train", message, users, device)
+    users, device = _here(message, context), _device(context)
+    reply = _trained(message, context, users, device)
+    if device.own is not None:
+        remember(device.own, context, users_of(context), device.experiment)
+    return reply
+
+
+def _trained(message: Message, context: Context, users: list[int] | None, device: Device) -> Message:
+    private = on_device(device.experiment.privacy) is not None
+    if users is not None:
+        return shard.handle("train", message, users, replace(device, accounts=kept_by(context)) if private else device)
+    user = user_of(context)
+    if not private:
+        return handle_train([message], [user], device)[0]
+    device = replace(device, accounts=accounts_of(context, user), trainer=alone(device))
+    reply = handle_train([message], [user], device)[0]
+    store(device.accounts, context, user)
+    return reply
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Rank the held-out items of this node's users with the global model and reply with the ranks."""
-    users, device = _here(message, context), Device.of(context)
+    users, device = _here(message, context), _device(context)
     if users is None:
         return handle_evaluate([message], [user_of(context)], device)[0]
     return shard.handle("evaluate", message, users, device)
+
+
+def _device(context: Context) -> Device:
+    """The device of a context, with what its users keep there."""
+    device = Device.of(context)
+    if device.own is None:
+        return device
+    return replace(device, own=recalled(device.own, context, users_of(context)))
 
 
 def _here(message: Message, context: Context) -> list[int] | None:

@@ -14,6 +14,7 @@ from client.training import Updates
 from common.config import Experiment
 from common.data.sequences import Sequences
 from common.models.items import mixture_of
+from common.models.personal import Kept
 from common.models.weights import Weights, body_size
 from common.privacy.schema import ExampleLevel, Local, on_device
 
@@ -28,6 +29,7 @@ def train(
     users: Ints,
     round_: int,
     clip: float | None = None,
+    own: Kept | None = None,
 ) -> Iterator[Updates | Noised]:
     """Train a cohort from the same global weights.
 
@@ -45,6 +47,8 @@ def train(
         From 1; with the seed and each user, the key of all draws.
     clip : float, optional
         Bound on the L2 norm of each whole update.
+    own : Kept, optional
+        What these users have of the parameters that stay on the device.
 
     Yields
     ------
@@ -52,7 +56,7 @@ def train(
         Of one chunk of users; each user is in one chunk.
     """
     for chunk in plan(experiment, sequences, users, len(weights.table)):
-        yield train_chunk(experiment, weights, sequences, chunk, round_, clip)
+        yield train_chunk(experiment, weights, sequences, chunk, round_, clip, own.of(chunk) if own else None)
 
 
 def plan(experiment: Experiment, sequences: Sequences, users: Ints, catalogue: int) -> list[Ints]:
@@ -85,8 +89,9 @@ def train_chunk(
     users: Ints,
     round_: int,
     clip: float | None = None,
+    own: Kept | None = None,
 ) -> Updates | Noised:
-    """Train one chunk of a plan; arguments as in `train`."""
+    """Train one chunk of a plan; arguments as in `train`, `own` in the order of `users`."""
     mixture, device = mixture_of(experiment, sequences.folder, round_), on_device(experiment.privacy)
     catalogue = len(weights.table) if mixture is None else mixture.items
     if isinstance(device, ExampleLevel):
@@ -94,7 +99,7 @@ def train_chunk(
         return train_examples(experiment, weights, sequences, users, round_, clip)
     chunk = windows(experiment, sequences, users, round_)
     problems = pose(experiment, sequences, chunk, round_, catalogue, mixture=mixture)
-    updates = Updates(experiment, weights, problems, round_, device.clipping_norm if device else clip)
+    updates = Updates(experiment, weights, problems, round_, device.clipping_norm if device else clip, own)
     return noised_locally(experiment, updates, len(weights.table), round_) if device else updates
 
 

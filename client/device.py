@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from flwr.app import Context
 
-from client.accounts import Accounts
+from client.accounts import ACCOUNTS_FILE, Accounts
 from client.cohort import train
-from client.evaluation import Ranking, rank
+from client.evaluation import rank
 from client.facts import require_facts
+from client.own import OWN_FILE, Own, own_of
 from common.config import Experiment, experiment_hash
 from common.data import folder as disk
 from common.data.catalogue import Catalogue
@@ -20,6 +21,7 @@ from common.data.itemrows import table_rows
 from common.data.prepare import prepare
 from common.data.sequences import Sequences
 from common.errors import DataError, UsageError
+from common.metrics import Ranking
 from common.privacy.schema import on_device
 from common.run_config import experiment_of
 
@@ -43,6 +45,8 @@ class Device:
     """What trains a cohort; a simulation may put worker processes here."""
     ranker: Callable[..., Ranking] = rank
     """What ranks a cohort's held-out items."""
+    own: Own | None = None
+    """What stays with the users, where anything does."""
     accounts: Accounts = field(default_factory=Accounts)
     """How often each user has taken part, where devices protect their users themselves."""
 
@@ -63,8 +67,8 @@ class Device:
         return set(cohort[rows[(items < 0) | (items >= self.catalogue.items)]].tolist())
 
     @classmethod
-    def open(cls, experiment: Experiment, folder: Path, accounts: Path | None = None) -> "Device":
-        """Open a prepared data set for an experiment; accounts, if any, in a file of their own.
+    def open(cls, experiment: Experiment, folder: Path, run: Path | None = None) -> "Device":
+        """Open a prepared data set for an experiment; accounts and what stays with users, if any, in a run's folder.
 
         Raises
         ------
@@ -73,8 +77,12 @@ class Device:
         """
         sequences = Sequences.open(folder)
         require_facts(experiment.model, sequences, disk.read_manifest(folder).get("timed", True))
-        kept = Accounts(accounts) if on_device(experiment.privacy) else Accounts()
-        return cls(experiment, sequences, Catalogue.open(folder), accounts=kept)
+        catalogue, kept = Catalogue.open(folder), Accounts()
+        if on_device(experiment.privacy):
+            kept = Accounts(run / ACCOUNTS_FILE if run else None)
+        file, rows = run / OWN_FILE if run else None, table_rows(experiment, catalogue)
+        own = own_of(experiment, sequences.first, len(sequences), rows, file)
+        return cls(experiment, sequences, catalogue, own=own, accounts=kept)
 
     @classmethod
     def of(cls, context: Context) -> "Device":

@@ -1,39 +1,29 @@
 """Ranking of the whole catalogue for many users at once; a device calls it with its one user."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from client.batches import bucket_widths, pair_bytes
 from client.facts import facts_at, moments
 from client.rows import Ints
+from client.tuning import Personal, personal
 from common.config import Experiment
 from common.data.sequences import Sequences, Split
-from common.metrics import expected_ranks
+from common.metrics import Ranking, Ranks, expected_ranks
 from common.models.encoder import encode
 from common.models.inputs import Moments
 from common.models.items import mixture_of
+from common.models.personal import Kept
 from common.models.schema import ModelConfig
 from common.models.scoring import history, score_last
 from common.models.weights import Weights, named
 from common.seeding import uniform_integers
 
-Ranks = NDArray[np.float64]
 _LOTS = 2**40
-
-
-class Ranking(NamedTuple):
-    """Ranks of held-out items, from 1, ties at their expected rank; NaN where a user has none. Both ``(C,)``."""
-
-    full: Ranks
-    """Against the whole catalogue."""
-    sampled: Ranks
-    """Against `evaluation.sampled` negatives and the item itself; NaN where that is off."""
 
 
 def final_scores(
@@ -46,7 +36,7 @@ def final_scores(
     model : ModelConfig
         The model.
     weights : Weights
-        Shared weights.
+        Shared, or a body for each user, ``(B, P)``.
     items : Tensor
         ``(B, L)`` int64, right-padded.
     lengths : Tensor
@@ -71,11 +61,16 @@ def of_items(experiment: Experiment, weights: Weights, sequences: Sequences) -> 
 
 
 def scores(
-    experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, stops: Ints
+    experiment: Experiment,
+    weights: Weights,
+    sequences: Sequences,
+    users: Ints,
+    stops: Ints,
+    own: Personal | None = None,
 ) -> Iterator[tuple[Ints, Tensor]]:
     """Score every item for each user from its events before `stops`, in batches that fit the memory budget.
 
-    Users with no event before their stop are left out.
+    Users with no event before their stop are left out. With `own`, each user has numbers of its own in the body.
 
     Yields
     ------
@@ -90,6 +85,7 @@ def scores(
     per_user = 16 * catalogue + 64 * longest * experiment.model.dim + pair_bytes(experiment.model, longest)
     if experiment.model.head == "target":  # each item's weights over the history, and what they mix
         per_user += 4 * catalogue * (2 * experiment.model.heads * longest + experiment.model.dim)
+    per_user += 0 if own is None else 12 * len(weights.body)
     size = max(1, experiment.runtime.memory_mb * 2**20 // per_user)
     for index in np.unique(bucket[histories > 0]):
         members = np.flatnonzero((bucket == index) & (histories > 0))
@@ -100,7 +96,8 @@ def scores(
             count = torch.from_numpy(lengths)
             known = moments(facts_at(experiment.model, sequences, places), count)
             with torch.no_grad():
-                yield here, final_scores(experiment.model, weights, items, count, known)  # (B, I)
+                body = weights.body if own is None else own.bodies(experiment, weights.body, users[here])
+                yield here, final_scores(experiment.model, weights._replace(body=body), items, count, known)  # (B, I)
 
 
 def mask_seen(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints) -> Tensor:
@@ -137,13 +134,20 @@ def held_out_ranks(scored: Tensor, sequences: Sequences, users: Ints, stops: Int
     return target_ranks(scored, goal)
 
 
-def rank(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: Split) -> Ranking:
+def rank(
+    experiment: Experiment,
+    weights: Weights,
+    sequences: Sequences,
+    users: Ints,
+    split: Split,
+    own: Kept | None = None,
+) -> Ranking:
     """Rank each user's held-out item against the catalogue without the user's earlier items.
 
     Parameters
     ----------
     experiment : Experiment
-        Model, seed, `evaluation.sampled`.
+        Model, seed, `evaluation.sampled`, `evaluation.fine_tune`.
     weights : Weights
         Shared weights.
     sequences : Sequences
@@ -152,17 +156,24 @@ def rank(experiment: Experiment, weights: Weights, sequences: Sequences, users: 
         ``(C,)`` int64.
     split : str
         ``validation`` or ``test``; the history is everything before the held-out event.
+    own : Kept, optional
+        What these users have of the parameters that stay on the device.
     """
     stops, targets = sequences.stops(users, split)
-    full, sampled = np.full(len(users), np.nan), np.full(len(users), np.nan)
+    found = Ranking(*(np.full(len(users), np.nan) for _ in Ranking._fields))
     held = np.flatnonzero(targets >= 0)
     for where, scored in scores(experiment, weights, sequences, users[held], stops[held]):
         here = held[where]
-        full[here] = held_out_ranks(scored, sequences, users[here], stops[here], targets[here])
+        found.full[here] = held_out_ranks(scored, sequences, users[here], stops[here], targets[here])
         if experiment.evaluation.sampled:
             few = _sample(experiment, users[here], split, scored, torch.from_numpy(targets[here]))
-            sampled[here] = target_ranks(scored.gather(1, few), torch.zeros(len(here), dtype=torch.int64))
-    return Ranking(full, sampled)
+            found.sampled[here] = target_ranks(scored.gather(1, few), torch.zeros(len(here), dtype=torch.int64))
+    person = personal(experiment, weights, sequences, users[held], own)
+    if person is not None:
+        for where, scored in scores(experiment, weights, sequences, users[held], stops[held], person):
+            here = held[where]
+            found.personal[here] = held_out_ranks(scored, sequences, users[here], stops[here], targets[here])
+    return found
 
 
 def _sample(experiment: Experiment, users: Ints, split: Split, scored: Tensor, goal: Tensor) -> Tensor:

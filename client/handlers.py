@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecordValues
 
 from client.device import Device
@@ -19,6 +20,7 @@ from common.wire import (
     MODEL,
     NO_METRICS,
     NO_RECORDS,
+    RANKS,
     REFUSED,
     ROUND,
     UPDATE,
@@ -62,8 +64,11 @@ def handle_train(messages: Sequence[Message], users: Sequence[int], device: Devi
         cohort = np.array(list(place), dtype=np.int64)
         if private:  # before anything can leave
             device.accounts.pay(cohort.tolist(), round_, settle(device.experiment).told)
-        trained = device.trainer(device.experiment, weights, device.sequences, cohort, round_, clip)
+        own = {} if device.own is None else {"own": device.own.before(cohort, round_)}
+        trained = device.trainer(device.experiment, weights, device.sequences, cohort, round_, clip, **own)
         for updates in each("training", trained):
+            if device.own is not None:
+                device.own.keep(updates.users[updates.sound], round_, updates.kept[torch.from_numpy(updates.sound)])
             columns = {"user": updates.users, **updates.facts}
             if private:
                 columns["participations"] = np.array([device.accounts.taken(user) for user in updates.users.tolist()])
@@ -92,11 +97,12 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
         cohort = np.array([users[i] for i in asked], dtype=np.int64)
         weights = unpack(record(first, MODEL, ArrayRecord))
         split: Split = "test" if record(first, ROUND, ConfigRecord)["split"] == "test" else "validation"
-        ranking = device.ranker(device.experiment, weights, device.sequences, cohort, split)
-        for i, user, full, sampled in zip(asked, cohort, ranking.full, ranking.sampled, strict=True):
-            values = {"rank": float(full), "rank_sampled": float(sampled)}
-            held_out = {name: value for name, value in values.items() if not np.isnan(value)}
-            replies[i] = _metrics_reply(messages[i], {"user": int(user), **held_out})
+        round_ = int(str(record(first, ROUND, ConfigRecord)["round"]))
+        own = {} if device.own is None else {"own": device.own.before(cohort, round_ + 1)}
+        ranking = device.ranker(device.experiment, weights, device.sequences, cohort, split, **own)
+        for i, user, *ranks in zip(asked, cohort, *ranking, strict=True):
+            told = {name: float(rank) for name, rank in zip(RANKS, ranks, strict=True) if not np.isnan(rank)}
+            replies[i] = _metrics_reply(messages[i], {"user": int(user), **told})
     return _complete(messages, replies)
 
 

@@ -47,6 +47,11 @@ class Noised:
             self.facts["below"] = (measured <= clip).numpy().astype(np.int64)
 
     @property
+    def kept(self) -> Tensor:
+        """Nothing stays with devices that send everything."""
+        raise ValueError("nothing stays on the device")
+
+    @property
     def norms(self) -> NDArray[np.float64]:
         """L2 norm of each whole update, noise included, ``(C,)``."""
         found: NDArray[np.float64] = norms(self._table.flatten(1), self._body).numpy()

@@ -19,6 +19,7 @@ from common.models.inputs import Moments, embedded
 from common.models.last import buckets_of_last, weights_of_last
 from common.models.linear import layer_norm, linear
 from common.models.mixing import FLOOR, LIMIT, interval_buckets
+from common.models.personal import personalised
 from common.models.schema import BehaviourInput, Linear, Local, ModelConfig, TimeAware
 from common.models.weights import Weights, named
 
@@ -195,6 +196,7 @@ class Session:
                 h = layer_norm(x, p["norm2.weight"], p["norm2.bias"])
                 x = x + linear(F.gelu(linear(h, p["up.weight"], p["up.bias"])), p["down.weight"], p["down.bias"])
         hidden = layer_norm(x, *self._norm)
+        hidden = personalised(m, self._parameters, hidden) if m.personal else hidden
         self._hidden = hidden[0, -1].clone()
         if m.head == "target":
             self._look(hidden)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from client.batches import Windows
 from client.rows import Ints, localise, membership
-from common.config import Experiment, LossConfig
+from common.config import Experiment
 from common.data.holdout import cold_items
 from common.data.sequences import Sequences
+from common.loss import LossConfig
 from common.models.items import Mixture
 from common.seeding import generator, uniform_integers
 

@@ -20,6 +20,7 @@ from client.problem import Problem
 from client.rows import Ints
 from client.step import read_vectors, step_loss
 from common.config import Experiment
+from common.models.personal import Kept, bodies, kept_columns, stays
 from common.models.weights import Weights, body_shapes, named
 from common.privacy.mechanism import clip_factors, norms
 from common.privacy.precondition import preconditioned
@@ -42,6 +43,8 @@ class Updates:
         With the seed and each user, the key of all draws.
     clip : float, optional
         Bound on the L2 norm of each user's whole update; longer ones are scaled down to it.
+    own : Kept, optional
+        What these users have of the parameters that stay on the device, ``(C, K)``; no update changes those.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class Updates:
         problems: tuple[Problem, Problem],
         round_: int,
         clip: float | None = None,
+        own: Kept | None = None,
     ):
         self._experiment, self._weights, self._round, self._clip = experiment, weights, round_, clip
+        self._kept = own
         self._shared, self._own = problems
         trained = self._own.windows.trained  # (C, S)
         self.users: Ints = self._own.windows.users
@@ -69,7 +74,7 @@ class Updates:
         self.whole = self._own.rows is None
         """Whether these are the whole table."""
         # Alone, a user's sum is its update, which the stacked pass gives without doing the work twice; a clip needs it.
-        shared = trained.shape[1] == 1 and len(self.users) > 1 and clip is None
+        shared = trained.shape[1] == 1 and len(self.users) > 1 and clip is None and own is None
         self._sum = self._shared_step() if shared else None
         if self._sum is None:
             self.losses = self._stacked[1]
@@ -88,6 +93,13 @@ class Updates:
         """What each user says beside its update, ``(C,)`` each."""
         said: dict[str, NDArray[np.generic]] = {"events": self.events, "loss": self.losses}
         return said if self._clip is None else said | {"below": (self.norms <= self._clip).astype(np.int64)}
+
+    @property
+    def kept(self) -> Tensor:
+        """What training has made of the parameters that stay on the device, ``(C, K)``."""
+        if self._kept is None or self._stacked[3] is None:
+            raise ValueError("nothing stays on the device")
+        return self._stacked[3]
 
     @property
     def norms(self) -> NDArray[np.float64]:
@@ -164,17 +176,41 @@ class Updates:
         return table if rows is None else table[torch.from_numpy(rows)]
 
     @cached_property
-    def _stacked(self) -> tuple[Stack, NDArray[np.float32], Tensor]:
-        """All single updates; the losses; the norms before any clip, float64."""
-        steps = self._own.windows.lengths.shape[1]
+    def _stacked(self) -> tuple[Stack, NDArray[np.float32], Tensor, Tensor | None]:
+        """All single updates; the losses; the norms before any clip, float64; what stays on the device."""
         # With one step nobody's weights ever differ from the others', so no copies are made, only gradients.
-        stack, losses = self._one_step() if steps == 1 else self._several_steps()
+        stack, losses = self._one_step() if self._one else self._several_steps()
+        kept = None
         with torch.no_grad():
+            if self._kept is not None:
+                stack, kept = self._held_back(stack, self._kept)
             stack = self._mapped(stack)
             measured = norms(*stack.tables, *stack.parts) * stack.factors.abs()
             if self._clip is not None:
                 stack = stack._replace(factors=stack.factors * clip_factors(measured, self._clip).float())
-        return stack, losses, measured
+        return stack, losses, measured, kept
+
+    def _held_back(self, stack: Stack, own: Kept) -> tuple[Stack, Tensor]:
+        """Updates without what stays on the device, and that: after all steps, or one of its own learning rate."""
+        body = torch.cat([as_tensor(part).flatten(1) for part in stack.parts], dim=1)  # (C, P)
+        federation = self._experiment.federation
+        columns = kept_columns(self._experiment.model, federation.on_device)
+        # After one step this is a gradient, after several the change that they have made.
+        kept = own.values + body[:, columns] * (-federation.on_device_lr if self._one else 1.0)
+        body[:, columns] = 0
+        return stack._replace(parts=[body]), kept
+
+    @property
+    def _one(self) -> bool:
+        """Whether there is one local step."""
+        return bool(self._own.windows.lengths.shape[1] == 1)
+
+    def _bodies(self) -> Tensor:
+        """The body that training starts from, the same for all ``(P,)``, or ``(C, P)``."""
+        if self._kept is None:
+            return self._weights.body
+        patterns = self._experiment.federation.on_device
+        return bodies(self._experiment.model, patterns, self._weights.body, self._kept.values)
 
     def _mapped(self, stack: Stack) -> Stack:
         """Updates in the coordinates in which they are clipped and released."""
@@ -189,7 +225,7 @@ class Updates:
         # What a user reads is gathered from the shared table; where its gradients belong is told apart afterwards.
         rows = self._shared_rows()
         read = read_vectors(rows, self._shared, 0)
-        body, own = self._weights.body, self._own
+        body, own = self._bodies(), self._own
         tables, parts, losses = own_gradients(self._experiment, read, body, own, self._round, table=rows)
         # The step itself, not a difference of weights, which would lose its last digits.
         factors = torch.full((len(self.users),), -self._experiment.federation.local.lr)
@@ -200,12 +236,16 @@ class Updates:
         model, local, lengths = self._experiment.model, self._experiment.federation.local, self._own.windows.lengths
         c, table, rows = len(self.users), self._weights.table, self._own.rows
         origin = table.expand(c, -1, -1) if rows is None else table[torch.from_numpy(rows)]  # (C, R, D)
-        start = Weights(origin, self._weights.body.expand(c, -1))
+        start = Weights(origin, self._bodies().expand(c, -1))
         here = Weights(*(part.clone(memory_format=torch.contiguous_format) for part in start))
         # Leaves that share the stacked body's memory: steps are made in place, and no gradient has to be put together.
         leaves, begins = ([w.table, *named(model, w.body).values()] for w in (here, start))
         leaves = [leaf.requires_grad_() for leaf in leaves]
         parameters = dict(zip(body_shapes(model), leaves[1:], strict=True))
+        rates = [local.lr]
+        for name in parameters:
+            own = stays(name, self._experiment.federation.on_device)
+            rates.append(self._experiment.federation.on_device_lr if own else local.lr)
         losses = torch.zeros(lengths.shape)  # (C, S)
         for step in range(lengths.shape[1]):
             vectors = read_vectors(leaves[0], self._own, step)
@@ -214,11 +254,11 @@ class Updates:
             losses[:, step] = per_user.detach()
             with torch.no_grad():
                 active = torch.from_numpy(lengths[:, step] > 1).float()  # (C,)
-                for leaf, gradient, begin in zip(leaves, gradients, begins, strict=True):
+                for leaf, gradient, begin, lr in zip(leaves, gradients, begins, rates, strict=True):
                     if local.prox:
                         pull = local.prox * active.view(-1, *[1] * (leaf.dim() - 1))
-                        leaf.addcmul_(pull, leaf - begin, value=-local.lr)
-                    leaf.sub_(gradient, alpha=local.lr)
+                        leaf.addcmul_(pull, leaf - begin, value=-lr)
+                    leaf.sub_(gradient, alpha=lr)
         with torch.no_grad():
             change = Weights(*(part.detach().sub_(begin) for part, begin in zip(here, start, strict=True)))
         mean_losses = losses.sum(-1).numpy() / np.maximum((lengths > 1).sum(-1), 1).astype(np.float32)

@@ -6,55 +6,18 @@ Everything under ``runtime`` may change speed and place but never a result; it i
 
 import hashlib
 import json
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from common.loss import LossConfig, SoftmaxLoss
 from common.models.schema import ModelConfig
+from common.models.shapes import ITEM_TABLE, parameter_shapes
 from common.privacy.schema import ExampleLevel, NoPrivacy, PrivacyConfig, UserLevel, on_device
 from common.robustness import AggregationConfig, MeanAggregation
 from common.section import Natural, Positive, Rate, Section, Share
 from common.sources import DataConfig
-
-# --- loss ----------------------------------------------------------------------------------------------
-
-
-class SoftmaxLoss(Section):
-    """Cross-entropy over the whole catalogue."""
-
-    kind: Literal["softmax"]
-    """Selects this loss."""
-
-
-class SampledSoftmaxLoss(Section):
-    """Cross-entropy over the target and negatives that the whole round shares."""
-
-    kind: Literal["sampled-softmax"]
-    """Selects this loss."""
-    negatives: Positive = 256
-    """Negatives a round, drawn uniformly from a public seed."""
-
-
-class GBCELoss(Section):
-    """Generalised binary cross-entropy (gSASRec, Petrov & Macdonald, RecSys 2023), negatives shared by the round."""
-
-    kind: Literal["gbce"]
-    """Selects this loss."""
-    negatives: Positive = 256
-    """Negatives a round, drawn uniformly from a public seed."""
-    calibration: Annotated[float, Field(ge=0, le=1)] = 0.75
-    """The paper's t: 0 is plain binary cross-entropy, 1 undoes the bias of sampling wholly."""
-
-
-class BCELoss(Section):
-    """Binary cross-entropy with one private negative per position (the original SASRec); known to be weak."""
-
-    kind: Literal["bce"]
-    """Selects this loss."""
-
-
-LossConfig = Annotated[SoftmaxLoss | SampledSoftmaxLoss | GBCELoss | BCELoss, Field(discriminator="kind")]
-
 
 # --- federation --------------------------------------------------------------------------------------------------
 
@@ -164,6 +127,11 @@ class FederationConfig(Section):
     """Training on the device."""
     aggregation: AggregationConfig = MeanAggregation()
     """How a round's updates become one."""
+    on_device: tuple[str, ...] = ()
+    """Parameters that never leave the device, by patterns of their names such as `user.*` or `blocks.1.*`: each user
+    trains its own, and keeps them."""
+    on_device_lr: Rate = 0.1
+    """Learning rate of these parameters in local steps."""
     norm_bound: Rate | Literal["median"] | None = None
     """Updates whose L2 norm is larger are scaled down to it: a number, or the median of the round's norms (Sun et al.,
     arXiv 1911.07963). For `mean`, where some clients may be hostile."""
@@ -178,6 +146,17 @@ class FederationConfig(Section):
         """Users of a round on average, of so many that may train."""
         size = min(self.cohort, users)
         return users / -(-users // size) if self.sampling == "passes" else size
+
+
+class FineTuning(Section):
+    """Local training before a user is recommended to: of a copy, which is thrown away."""
+
+    parameters: Annotated[tuple[str, ...], Field(min_length=1)] = ("user.*", "norm.*")
+    """Which parameters, by patterns of their names; the item table never."""
+    steps: Positive = 5
+    """SGD steps on the user's training events."""
+    lr: Rate = 0.1
+    """Learning rate."""
 
 
 class EvaluationConfig(Section):
@@ -195,6 +174,8 @@ class EvaluationConfig(Section):
     """K of HR@K and NDCG@K."""
     sampled: Positive | None = None
     """Also rank against so many sampled negatives, printed apart as `hr@10|s99`; for old comparisons only."""
+    fine_tune: FineTuning | None = None
+    """Also rank with weights that each device has fine-tuned for its user; figures are printed apart, `|personal`."""
     privacy: Literal["noised", "public-holdout", "unaccounted"] = "noised"
     """Under a privacy mode, what metrics may look at. `noised`: one noised histogram of ranks per ranking, paid for.
     `public-holdout`: users who never train. `unaccounted`: as they are; for simulations only, and marked so."""
@@ -260,6 +241,24 @@ class Experiment(Section):
     def _items_are_known(self) -> "Experiment":
         if self.model.items != "own" and not self.data.features.columns:
             raise ValueError(f"model.items {self.model.items} needs data.features.columns: what is known of items")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns_name_something(self) -> "Experiment":
+        names = [name for name in parameter_shapes(self.model, 1) if name != ITEM_TABLE]
+        tuning = self.evaluation.fine_tune
+        sections = {"federation.on_device": self.federation.on_device}
+        sections |= {} if tuning is None else {"evaluation.fine_tune.parameters": tuning.parameters}
+        for key, patterns in sections.items():
+            for pattern in patterns:
+                if fnmatchcase(ITEM_TABLE, pattern):
+                    raise ValueError(f"{key}: {pattern!r} takes in the item table, which all share")
+            if patterns and not any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                known = ", ".join(names)
+                raise ValueError(f"{key}: none of {', '.join(patterns)} names a parameter; there are {known}")
+        device = on_device(self.privacy)
+        if self.federation.on_device and device is not None:
+            raise ValueError(f"privacy.kind {device.kind} knows no federation.on_device; leave one of them away")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,18 @@ from numpy.typing import ArrayLike, NDArray
 from common.seeding import generator
 
 Floats = NDArray[np.float64]
+Ranks = NDArray[np.float64]
+
+
+class Ranking(NamedTuple):
+    """Ranks of held-out items, from 1, ties at their expected rank; NaN where a user has none. All ``(C,)``."""
+
+    full: Ranks
+    """Against the whole catalogue."""
+    sampled: Ranks
+    """Against `evaluation.sampled` negatives and the item itself; NaN where that is off."""
+    personal: Ranks
+    """As `full`, with what stays on the device and is fine-tuned there; NaN where nothing is."""
 
 
 class Estimate(NamedTuple):

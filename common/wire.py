@@ -6,7 +6,7 @@
 | | `ROUND` config | `round`, `split`, `experiment` (its hash); `users`, where several live there |
 | from train | `UPDATE` arrays | `table` (R, D), `body` (P,), `rows` (R,) int32 unless the whole table moved |
 | | `METRICS` metrics | `user`, `events`, `loss` |
-| from evaluate | `METRICS` metrics | `user`, `rank`, `rank_sampled`; no rank where nothing is held out |
+| from evaluate | `METRICS` metrics | `user`, `rank`, `rank_sampled`, `rank_personal`; none where nothing is held out |
 | from query | `METRICS` metrics | `first`, `users` (who lives there), `population`, `items`, `rows` of the table |
 | | `ROUND` config | `catalogue` (its version) |
 
@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from common.models.weights import Weights
 
 MODEL, UPDATE, ROUND, METRICS = "model", "update", "round", "metrics"
+RANKS = "rank", "rank_sampled", "rank_personal"
+"""Metrics of a ranking, by the fields of `common.metrics.Ranking`."""
 REFUSED = 1
 """Error code of a reply from a client that did not train or evaluate; the reason says why."""
 

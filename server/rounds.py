@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
 
 from common import timing
 from common.config import Experiment, experiment_hash
 from common.errors import BudgetSpent, Interrupted, StateError, TooFewNodes
 from common.files import write_json
+from common.metrics import Ranking
 from common.models.weights import Weights, initialise
 from common.timing import phase
 from server import checkpoint
@@ -39,8 +39,6 @@ LOOK = 2.0
 RANKING_SLICE = 8192
 """Users that are asked for a rank at once, so that memory does not grow with the population."""
 
-Ranks = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -52,8 +50,8 @@ class Outcome:
     """Rounds done."""
     best_round: int
     """The chosen one."""
-    test: tuple[Ranks, Ranks]
-    """Full and sampled test rank by user, NaN where there is none; for those who may see it."""
+    test: Ranking
+    """Test ranks by user, NaN where there is none; for those who may see it."""
     tested: int
     """Users who were asked for their test rank and answered."""
     figures: dict[str, float]
@@ -162,7 +160,7 @@ def _concluded(grid: Grid, strategy: FederatedRanking, state: State, folder: Pat
         )
     gather(grid, judge)
     test, _ = _rank(grid, judge, best_round, "test")
-    if judge.rejections and not np.isfinite(test[0]).any():
+    if judge.rejections and not np.isfinite(test.full).any():
         raise StateError(f"nobody could rank the test item: {', '.join(judge.rejections)}")
     figures = judge.quality(test, best_round)
     _tell_card(folder, curator.card(numbers))
@@ -265,7 +263,7 @@ def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str,
         state.best_round, state.best_value, state.stale = state.round, figures[SELECT], 0
     else:
         state.stale += 1
-    users = int(np.isfinite(ranks[0]).sum()) if strategy.curator.tells_all else strategy.asked
+    users = int(np.isfinite(ranks.full).sum()) if strategy.curator.tells_all else strategy.asked
     facts = {"round": state.round, "kind": "validation", **figures, "users": users}
     if lost and strategy.curator.tells_all:
         facts["lost_share"] = lost
@@ -279,8 +277,8 @@ def _told(strategy: FederatedRanking, timed: dict[str, Any]) -> dict[str, Any]:
     return timed | ({"reasons": strategy.rejections} if strategy.rejections else {})
 
 
-def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[tuple[Ranks, Ranks], float]:
-    """Full and sampled ranks, and the share of the nodes asked that did not answer in time."""
+def _rank(grid: Grid, strategy: FederatedRanking, round_: int, split: str) -> tuple[Ranking, float]:
+    """Ranks by user, and the share of the nodes asked that did not answer in time."""
     messages = iter(strategy.configure_evaluate(round_, strategy.arrays(), ConfigRecord({"split": split}), grid))
     slices = iter(lambda: list(islice(messages, RANKING_SLICE)), [])
     deadline = strategy.experiment.federation.replies.deadline

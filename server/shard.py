@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.config import FederationConfig
 from common.errors import StateError
 from common.models.weights import Weights
-from common.wire import LARGEST, METRICS, ROUND, UPDATE, number, of_user, record, whole_numbers
+from common.wire import LARGEST, METRICS, RANKS, ROUND, UPDATE, number, of_user, record, whole_numbers
 from server.aggregation import (
     Explicit,
     Facts,
@@ -188,8 +188,8 @@ def admit(
     return [good[user] for user in sorted(good)], rejected
 
 
-def ranks_of(message: Message) -> list[tuple[int, float, float]]:
-    """User, rank and sampled rank, NaN where there is none, of all that a node's reply ranks.
+def ranks_of(message: Message) -> list[tuple[int, tuple[float, ...]]]:
+    """User and ranks by `common.wire.RANKS`, NaN where there is none, of all that a node's reply ranks.
 
     Raises
     ------
@@ -201,10 +201,10 @@ def ranks_of(message: Message) -> list[tuple[int, float, float]]:
         return []
     users = whole_numbers(metrics, "user")
     none = [float("nan")] * len(users)
-    columns = [list(metrics[name]) if name in metrics else none for name in ("rank", "rank_sampled")]  # type: ignore[arg-type]
+    columns = [list(metrics[name]) if name in metrics else none for name in RANKS]  # type: ignore[arg-type]
     if any(len(column) != len(users) or any(type(rank) is not float for rank in column) for column in columns):
         raise TypeError("ranks are not one number a user")
-    return list(zip(users, *columns, strict=True))
+    return [(user, tuple(ranks)) for user, *ranks in zip(users, *columns, strict=True)]
 
 
 def refusals(message: Message, most: int) -> Counter[str]:

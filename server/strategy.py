@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from common.config import Experiment, experiment_hash
 from common.errors import StateError
-from common.metrics import point
+from common.metrics import Ranking, point
 from common.models.weights import Weights
 from common.timing import phase
-from common.wire import METRICS, MODEL, ROUND, number, pack, payload_bytes, record, whole_number
+from common.wire import METRICS, MODEL, RANKS, ROUND, number, pack, payload_bytes, record, whole_number
 from server.curator import Curator
 from server.curator import curator as curator_of
 from server.exchange import Rejected, bounded, one_line
@@ -115,14 +115,14 @@ class FederatedRanking(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Global ranking quality, as the curator lets it be told."""
         ranks = self.ranks(replies)
-        return MetricRecord({**self.quality(ranks, server_round)}) if np.isfinite(ranks[0]).any() else None
+        return MetricRecord({**self.quality(ranks, server_round)}) if np.isfinite(ranks.full).any() else None
 
-    def ranks(self, replies: Iterable[Message]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Full and sampled rank by user, ``(N,)`` each; NaN where a user did not or could not rank.
+    def ranks(self, replies: Iterable[Message]) -> Ranking:
+        """Ranks by user, ``(N,)`` each; NaN where a user did not or could not rank.
 
         A reply with an error, an unknown user or an impossible rank counts as none; errors are counted in `rejections`.
         """
-        full, sampled = (np.full(self.roster.population, np.nan) for _ in range(2))
+        found = Ranking(*(np.full(self.roster.population, np.nan) for _ in RANKS))
         rejected: Counter[str] = Counter()
         self.asked = 0
         for reply in replies:
@@ -144,23 +144,25 @@ class FederatedRanking(Strategy):
             if self._judging and reply.metadata.group_id != self._judging[0]:
                 continue
             with suppress(KeyError, TypeError):  # what is no number is no rank
-                for user, rank, few in ranks_of(reply) if shared else [_rank_of(reply)]:
-                    if not (self.roster.hosts(node, user) and 1 <= rank <= self.roster.items):
+                for user, ranks in ranks_of(reply) if shared else [_ranks_of(reply)]:
+                    if not (self.roster.hosts(node, user) and 1 <= ranks[0] <= self.roster.items):
                         continue
                     # Of those who were asked, and of each its first.
-                    if (self._judging is None or self._judging[1][user]) and isnan(full[user]):
-                        full[user] = rank
-                        sampled[user] = few if 1 <= few <= self.roster.items else np.nan
+                    if (self._judging is None or self._judging[1][user]) and isnan(found.full[user]):
+                        for kind, rank in zip(found, ranks, strict=True):
+                            kind[user] = rank if 1 <= rank <= self.roster.items else np.nan
         self._note(rejected, self.asked - rejected.total())
-        return full, sampled
+        return found
 
-    def quality(self, ranks: tuple[NDArray[np.float64], NDArray[np.float64]], round_: int) -> dict[str, float]:
-        """Metrics of ranks; those of sampled ranks under their own names, such as ``hr@10|s99``."""
+    def quality(self, ranks: Ranking, round_: int) -> dict[str, float]:
+        """Metrics of ranks; of others than the full ones under names of their own, such as ``hr@10|s99``."""
         cutoffs = sorted({10, *self.experiment.evaluation.cutoffs})
-        figures = self.curator.figures(ranks[0], self.asked, round_, cutoffs)
+        figures = self.curator.figures(ranks.full, self.asked, round_, cutoffs)
         if self.experiment.evaluation.sampled and self.curator.tells_all:
             suffix = f"|s{self.experiment.evaluation.sampled}"
-            figures |= {name + suffix: value for name, value in point(ranks[1], cutoffs).items()}
+            figures |= {name + suffix: value for name, value in point(ranks.sampled, cutoffs).items()}
+        if self.curator.tells_all and np.isfinite(ranks.personal).any():
+            figures |= {f"{name}|personal": value for name, value in point(ranks.personal, cutoffs).items()}
         return figures
 
     def bytes_down(self) -> int:
@@ -183,8 +185,9 @@ class FederatedRanking(Strategy):
         return RecordDict({MODEL: arrays, ROUND: told})
 
 
-def _rank_of(reply: Message) -> tuple[int, float, float]:
-    """User, rank and sampled rank of a device's reply."""
+def _ranks_of(reply: Message) -> tuple[int, tuple[float, ...]]:
+    """User and ranks of a device's reply, NaN where there is none."""
     said = record(reply.content, METRICS, MetricRecord)
-    few = said.get("rank_sampled")
-    return whole_number(said, "user"), number(said, "rank"), few if isinstance(few, int | float) else nan
+    others = (said.get(name) for name in RANKS[1:])
+    rest = (rank if isinstance(rank, int | float) else nan for rank in others)
+    return whole_number(said, "user"), (number(said, RANKS[0]), *rest)

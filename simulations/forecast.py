@@ -9,7 +9,8 @@ from math import ceil, prod
 from rich.filesize import decimal
 from rich.table import Table
 
-from common.config import BCELoss, Experiment, SoftmaxLoss
+from common.config import Experiment
+from common.loss import BCELoss, SoftmaxLoss
 from common.models.shapes import ITEM_TABLE, parameter_shapes
 from common.privacy.schema import on_device
 

@@ -18,6 +18,7 @@ from client.accounts import STATE_PATH
 from client.app import app as client_app
 from client.device import PARTITION, Device
 from client.handlers import HANDLERS
+from client.own import recalled, remember
 from common.errors import StateError
 
 FIRST_NODE = 2
@@ -119,8 +120,15 @@ class InProcessGrid(Grid):
         return [self._one(message) for message in messages]
 
     def _one(self, message: Message) -> Message:
+        context = self._context(message.metadata.dst_node_id)
+        own, user = self._device.own, message.metadata.dst_node_id - FIRST_NODE
         try:
-            return client_app(message, self._context(message.metadata.dst_node_id))
+            if own is not None:  # what Flower would keep, here in the run's folder
+                remember(own, context, range(user, user + 1), self._device.experiment)
+            reply = client_app(message, context)
+            if own is not None and message.metadata.message_type == "train":
+                own.take_over(recalled(own, context, range(user, user + 1)))
+            return reply
         except Exception as fault:
             return _broken(message, fault)
 

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from client.device import Device
-from client.evaluation import Ranks, final_scores, mask_seen, of_items, rank, scores
+from client.evaluation import final_scores, mask_seen, of_items, rank, scores
 from client.facts import assumed, moments
+from client.tuning import Personal, personal
 from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
 from common.data.sequences import Ints, Split
 from common.errors import StateError, UsageError
 from common.files import atomic
-from common.metrics import coverage, long_tail_share, ndcg, summarise, worst_tenth
+from common.metrics import Ranks, coverage, long_tail_share, ndcg, summarise, worst_tenth
 from common.models.weights import Weights
 from server.checkpoint import load_model
 from server.curator import curator as curator_of
@@ -46,7 +47,7 @@ class Trained:
             raise StateError(f"{self.folder}: not finished; go on with `hushrec run --resume {self.folder}`")
         data = prepare(experiment.data)
         rundir.check_manifest(self.folder, experiment, data)
-        return Device.open(experiment, data)
+        return Device.open(experiment, data, self.folder)
 
     @cached_property
     def weights(self) -> Weights:
@@ -58,6 +59,13 @@ class Trained:
         """The same, its table that of the items' vectors ``(I, D)``."""
         return of_items(self.device.experiment, self.weights, self.device.sequences)
 
+    def person(self, users: Ints) -> Personal | None:
+        """What these users have of their own: what stays on their devices, or is fine-tuned there."""
+        experiment, own = self.device.experiment, self.device.own
+        best = (rundir.result(self.folder) or {})["best_round"]
+        kept = None if own is None else own.before(users, best + 1)
+        return personal(experiment, self.weights, self.device.sequences, users, kept)
+
     def for_user(self, user_id: str, k: int) -> list[dict[str, Any]]:
         """Top k for somebody in the data, from all of their events; items that they had are left out.
 
@@ -68,7 +76,8 @@ class Trained:
         """
         user = np.array([self.device.sequences.index_of(user_id)], dtype=np.int64)
         stops = self.device.sequences.ends(user)
-        for _, scored in scores(self.device.experiment, self.weights, self.device.sequences, user, stops):
+        person = self.person(user)
+        for _, scored in scores(self.device.experiment, self.weights, self.device.sequences, user, stops, person):
             return self._top(mask_seen(scored, self.device.sequences, user, stops)[0], k)
         raise StateError(f"user {user_id} has no events")
 

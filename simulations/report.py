@@ -16,6 +16,7 @@ from common.privacy.card import advice
 
 _PARTS = {
     "s": "Against sampled negatives: for comparison with old papers only",
+    "personal": "With what stays on each device, and is fine-tuned there",
     "cold": "Users whose last item no training has seen; by chance HR@10 would be ten in the catalogue",
     "warm": "All other users",
 }

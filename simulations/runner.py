@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from client.accounts import ACCOUNTS_FILE
 from client.device import Device
 from common.config import Experiment
 from common.data.holdout import cold_items, concerning
@@ -67,7 +66,7 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
     with locked(folder):
         began = time.perf_counter()
         data = prepare(experiment.data)
-        device = Device.open(experiment, data, folder / ACCOUNTS_FILE)
+        device = Device.open(experiment, data, folder)
         if left_out := bad_rows(data):
             console.print(left_out, highlight=False)
         if resume and (folder / rundir.MANIFEST).exists():
@@ -93,9 +92,11 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         estimates = summarise(ranks, cutoffs, evaluation.resamples, experiment.seed)
         return {name + suffix: Estimate._asdict(figure) for name, figure in estimates.items()}
 
-    full, sampled = outcome.test
+    full, sampled, personal = outcome.test
     if told_as_is(experiment):
         test = figures(full) | (figures(sampled, f"|s{evaluation.sampled}") if evaluation.sampled else {})
+        if np.isfinite(personal).any():
+            test |= figures(personal, "|personal")
         cold = cold_targets(experiment, device) if experiment.data.cold else None
         if cold is not None:
             test |= figures(np.where(cold, full, np.nan), "|cold") | figures(np.where(cold, np.nan, full), "|warm")

@@ -22,12 +22,16 @@ from numpy.typing import NDArray
 from torch import multiprocessing
 
 from client.cohort import plan, train_chunk
-from client.evaluation import Ranking, rank
+from client.evaluation import rank
+from client.noised import Noised
 from client.rows import Ints
+from client.training import Updates
 from common.config import Experiment
 from common.data.sequences import Sequences, Split
 from common.errors import StateError
 from common.memory import keep_freed_memory
+from common.metrics import Ranking
+from common.models.personal import Kept
 from common.models.weights import Weights, body_size
 
 Floats = NDArray[np.float32]
@@ -46,6 +50,7 @@ class Numbers(NamedTuple):
     rows: Ints | None
     table: Floats
     body: Floats
+    kept: Floats | None
 
 
 class Worker:
@@ -58,25 +63,41 @@ class Worker:
         self.sequences = Sequences.open(Path(folder))
 
     def solve(
-        self, weights: Weights, users: Ints, round_: int, clip: float | None, importance: Floats | None
+        self,
+        weights: Weights,
+        users: Ints,
+        round_: int,
+        clip: float | None,
+        own: Floats | None,
+        importance: Floats | None,
     ) -> Numbers:
         """Train a chunk and sum its updates, by default as the server is expected to weigh them."""
-        updates = train_chunk(self.experiment, weights, self.sequences, users, round_, clip)
+        updates = self._trained(weights, users, round_, clip, own)
         rows, total = updates.summed(updates.expected if importance is None else importance)
         about = updates.users, updates.sound, updates.counts, updates.expected, updates.facts
-        return Numbers(*about, rows, total.table.numpy(), total.body.numpy())
+        kept = None if own is None else updates.kept.numpy()
+        return Numbers(*about, rows, total.table.numpy(), total.body.numpy(), kept)
 
     def single(
-        self, weights: Weights, users: Ints, round_: int, clip: float | None, i: int
+        self, weights: Weights, users: Ints, round_: int, clip: float | None, own: Floats | None, i: int
     ) -> tuple[NDArray[np.int32], Floats, Floats]:
         """One user's update: its rows, and the change of these and of the body."""
-        updates = train_chunk(self.experiment, weights, self.sequences, users, round_, clip)
+        updates = self._trained(weights, users, round_, clip, own)
         change = updates.one(i)
         return updates.rows(i), change.table.numpy(), change.body.numpy()
 
-    def rank(self, weights: Weights, users: Ints, split: Split) -> Ranking:
+    def rank(self, weights: Weights, users: Ints, split: Split, own: Floats | None = None) -> Ranking:
         """Ranks of held-out items."""
-        return rank(self.experiment, weights, self.sequences, users, split)
+        return rank(self.experiment, weights, self.sequences, users, split, _kept(users, own))
+
+    def _trained(
+        self, weights: Weights, users: Ints, round_: int, clip: float | None, own: Floats | None
+    ) -> Updates | Noised:
+        return train_chunk(self.experiment, weights, self.sequences, users, round_, clip, _kept(users, own))
+
+
+def _kept(users: Ints, own: Floats | None) -> Kept | None:
+    return None if own is None else Kept(users, torch.from_numpy(own))
 
 
 class Answer(Protocol):
@@ -160,14 +181,23 @@ def _work(task: str, *arguments: Any) -> Any:
 class RemoteUpdates:
     """Updates of a chunk that a worker trained; the `common.wire.Pending` of this module."""
 
-    def __init__(self, team: "Team", weights: Weights, round_: int, clip: float | None, numbers: Numbers):
+    def __init__(
+        self, team: "Team", weights: Weights, round_: int, clip: float | None, own: Floats | None, numbers: Numbers
+    ):
         self._team, self._weights, self._numbers = team, weights, numbers
-        self._asked = numbers.users, round_, clip
+        self._asked = numbers.users, round_, clip, own
         self.users, self.sound, self.facts = numbers.users, numbers.sound, numbers.facts
         self.counts, self.whole = numbers.counts, numbers.rows is None
 
     def __len__(self) -> int:
         return len(self.users)
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """As in `client.training.Updates`."""
+        if self._numbers.kept is None:
+            raise ValueError("nothing stays on the device")
+        return torch.from_numpy(self._numbers.kept)
 
     def rows(self, i: int) -> NDArray[np.int32]:
         """Catalogue indices of the rows that the i-th user sends."""
@@ -214,21 +244,31 @@ class Team:
         users: Ints,
         round_: int,
         clip: float | None = None,
+        own: Kept | None = None,
     ) -> Iterator[RemoteUpdates]:
         """As `client.training.train`, chunks side by side."""
         self._load(weights)
         chunks = plan(experiment, sequences, users, len(weights.table))
-        tasks = [self._submit("solve", chunk, round_, clip, None) for chunk in chunks]
-        for task in tasks:
-            yield RemoteUpdates(self, weights, round_, clip, _result(task.result))
+        mine = [None if own is None else own.of(chunk).values.numpy() for chunk in chunks]
+        pairs = zip(chunks, mine, strict=True)
+        tasks = [self._submit("solve", chunk, round_, clip, values, None) for chunk, values in pairs]
+        for task, values in zip(tasks, mine, strict=True):
+            yield RemoteUpdates(self, weights, round_, clip, values, _result(task.result))
 
     def rank(
-        self, experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, split: Split
+        self,
+        experiment: Experiment,
+        weights: Weights,
+        sequences: Sequences,
+        users: Ints,
+        split: Split,
+        own: Kept | None = None,
     ) -> Ranking:
         """As `client.evaluation.rank`, slices of users side by side."""
         self._load(weights)
         parts = [users[start : start + RANK_USERS] for start in range(0, len(users), RANK_USERS)]
-        tasks = [self._submit("rank", part, split) for part in parts]
+        mine = [() if own is None else (own.of(part).values.numpy(),) for part in parts]
+        tasks = [self._submit("rank", part, split, *values) for part, values in zip(parts, mine, strict=True)]
         results = [_result(task.result) for task in tasks]
         return Ranking(*(np.concatenate(part) for part in zip(*results, strict=True)))
 

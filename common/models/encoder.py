@@ -12,6 +12,7 @@ from common.models.fronts import front
 from common.models.inputs import Moments, embedded
 from common.models.linear import layer_norm, linear
 from common.models.mixing import interval_buckets
+from common.models.personal import personalised
 from common.models.schema import ModelConfig
 
 
@@ -86,7 +87,8 @@ def encode(
         h = layer_norm(x, p["norm2.weight"], p["norm2.bias"])
         h = F.gelu(linear(h, p["up.weight"], p["up.bias"]))
         x = add_dropped(x, linear(h, p["down.weight"], p["down.bias"]), 2 * block + 2)
-    return layer_norm(x, parameters["norm.weight"], parameters["norm.bias"])
+    hidden = layer_norm(x, parameters["norm.weight"], parameters["norm.bias"])
+    return personalised(config, parameters, hidden) if config.personal else hidden
 
 
 def _of(place: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import LossConfig
+from common.loss import LossConfig
 
 Loss = Callable[["Candidates", Tensor, Tensor], Tensor]
 

@@ -154,6 +154,9 @@ class ModelConfig(Section):
     own_dropout: Share = 0.0
     """With `items: both`, share of the items whose own vectors are left away in a round of training, so that features
     learn to stand alone (DropoutNet: Volkovs et al., NeurIPS 2017): for items that are new."""
+    personal: tuple[Literal["bias", "scale", "adapter"], ...] = ()
+    """What a person may add to the last hidden state: a `bias`, a small `adapter` network, a `scale`. Parameters named
+    ``user.…``, for `federation.on_device`; all begin without effect."""
     kernel: Positive = 3
     """Events that the convolution of `cnn-attention` sees."""
     dim: Positive = 64
@@ -209,6 +212,12 @@ class ModelConfig(Section):
             raise ValueError(f"input {twice[0]} comes twice; name each kind once")
         return self
 
+    @model_validator(mode="after")
+    def _personal_once(self) -> "ModelConfig":
+        if len(set(self.personal)) < len(self.personal):
+            raise ValueError("personal names something twice")
+        return self
+
     @property
     def attends(self) -> int:
         """Blocks of self-attention."""
@@ -228,5 +237,5 @@ class ModelConfig(Section):
     @property
     def plain(self) -> bool:
         """Whether this is SASRec itself."""
-        usual = "attention", "scaled-dot-product", "dot-product", "own"
-        return (self.encoder, self.attention.kind, self.head, self.items) == usual and not self.inputs
+        usual, more = ("attention", "scaled-dot-product", "dot-product", "own"), self.inputs or self.personal
+        return (self.encoder, self.attention.kind, self.head, self.items) == usual and not more

@@ -4,6 +4,8 @@ from common.models.schema import Additive, BehaviourInput, InputConfig, Interval
 
 ITEM_TABLE = "item"
 """Name of the tied item-embedding table, the one parameter whose size grows with the catalogue."""
+ADAPTER = 8
+"""Hidden width of a person's adapter."""
 
 
 def parameter_shapes(config: ModelConfig, items: int) -> dict[str, tuple[int, ...]]:
@@ -49,7 +51,18 @@ def parameter_shapes(config: ModelConfig, items: int) -> dict[str, tuple[int, ..
     shapes |= {"norm.weight": (d,), "norm.bias": (d,)}
     if config.head == "target":
         shapes |= {"target.key.weight": (d, d), "target.value.weight": (d, d)}
-    return shapes
+    return shapes | {f"user.{name}": shape for name, shape in _personal(config).items()}
+
+
+def _personal(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What is a person's own; no `weight` among them, since where they are trained nobody shares them."""
+    d = config.dim
+    parts: dict[str, dict[str, tuple[int, ...]]] = {
+        "bias": {"bias": (d,)},
+        "scale": {"scale": (1,)},
+        "adapter": {"adapter_down": (ADAPTER, d), "adapter_up": (d, ADAPTER)},
+    }
+    return {name: shape for kind in config.personal for name, shape in parts[kind].items()}
 
 
 def _values(config: InputConfig) -> int:

@@ -80,7 +80,7 @@ def initialise(config: ModelConfig, items: int, seed: int) -> Weights:
 
     def parts() -> Iterator[Tensor]:
         for name, shape in body_shapes(config).items():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "adapter_up")):
                 yield torch.zeros(shape)
             elif len(shape) == 1:
                 yield torch.ones(shape)

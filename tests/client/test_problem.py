@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from client.batches import windows
 from client.problem import pose, shared_negatives
-from common.config import BCELoss, GBCELoss, SampledSoftmaxLoss, SoftmaxLoss
+from common.loss import BCELoss, GBCELoss, SampledSoftmaxLoss, SoftmaxLoss
 from common.seeding import uniform_integers
 from tests.support import world
 

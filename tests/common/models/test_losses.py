@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.config import BCELoss, GBCELoss, SampledSoftmaxLoss, SoftmaxLoss
+from common.loss import BCELoss, GBCELoss, SampledSoftmaxLoss, SoftmaxLoss
 from common.models.losses import Candidates, binary, build_loss, gbce_power, sampled_softmax, softmax, user_mean
 
 INF = math.inf

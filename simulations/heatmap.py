@@ -1,0 +1,150 @@
+"""Pictures of explanations: a heat map of recommendations over past events, and bars for a terminal."""
+
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import UsageError
+from common.files import atomic, explained
+
+SUFFIXES = (".png", ".svg")
+"""Kinds of files that `heat_map` writes."""
+_ITEMS, _EVENTS, _TITLE = 10, 20, 34
+_DARK = 0.6
+"""Share of the scale from which a cell is so dark that its number is white."""
+_TOLD = 0.15
+"""Share of the scale from which a cell's number is written into it."""
+
+
+def heat_map(path: Path, titles: Sequence[str], recommendations: Sequence[str], importance: ArrayLike) -> None:
+    """Draw which past events speak for which recommended items, and against them.
+
+    Parameters
+    ----------
+    path : Path
+        File to write, by its suffix a PNG or an SVG.
+    titles : sequence of str
+        Past events in time order, n; the 20 most recent are drawn, the oldest on the left.
+    recommendations : sequence of str
+        Recommended items, best first, m; ten are drawn.
+    importance : array_like
+        Of each event for each item, ``(m, n)`` finite numbers, as in `client.explaining.Explanation`.
+
+    Raises
+    ------
+    UsageError
+        Where the suffix is another, shapes disagree, nothing is to be drawn, or Matplotlib is missing.
+    StateError
+        Where the file cannot be written.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: a heat map is a {' or a '.join(SUFFIXES)} file; name one of these")
+    values = _checked(importance, len(recommendations), len(titles))[:_ITEMS, -_EVENTS:]
+    columns, rows = ([_short(name) for name in names] for names in (titles[-_EVENTS:], recommendations[:_ITEMS]))
+    try:
+        figures, canvas = import_module("matplotlib.figure"), import_module("matplotlib.backends.backend_agg")
+        context = import_module("matplotlib").rc_context
+    except ImportError:
+        raise UsageError("this needs Matplotlib: pip install 'hushrec[explain]'") from None
+    with (
+        warnings.catch_warnings(),
+        context({"svg.hashsalt": "hushrec", "font.size": 9}),
+        explained(path),
+        atomic(path) as temporary,
+    ):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in place of a rare letter will do
+        figure = figures.Figure(figsize=(3.4 + 0.46 * len(columns), 2.6 + 0.36 * len(rows)), layout="constrained")
+        canvas.FigureCanvasAgg(figure)
+        _draw(figure, rows, columns, values)
+        kind = path.suffix.lower()[1:]
+        figure.savefig(temporary, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+
+
+def bars(console: Console, titles: Sequence[str], importance: ArrayLike, heading: str, width: int = 24) -> None:
+    """Print how much each past event speaks for a recommendation, the latest first; against it, in red.
+
+    Parameters
+    ----------
+    console : Console
+        Where to.
+    titles : sequence of str
+        Past events in time order, n; the 20 most recent are shown.
+    importance : array_like
+        ``(n,)`` finite numbers.
+    heading : str
+        What is explained, such as the recommended item's title.
+    width : int
+        Characters of the longest bar.
+    """
+    values = _checked(np.asarray(importance)[None], 1, len(titles))[0, -_EVENTS:]
+    largest = float(np.abs(values).max()) or 1.0
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", justify="right", style="dim")
+    table.add_column("latest first", no_wrap=True)
+    table.add_column("importance", no_wrap=True, min_width=width)
+    table.add_column("", justify="right", no_wrap=True)
+    room = max(8, min(_TITLE, console.width - width - 19))  # what numbers, bars and gaps leave to titles
+    for back, (title, value) in enumerate(zip(titles[: -_EVENTS - 1 : -1], values[::-1], strict=False), 1):
+        bar = Text(_bar(abs(value) / largest, width), "red" if value < 0 else "green")
+        table.add_row(str(back), Text(_short(title, room)), bar, f"{value:+.3f}")
+    console.print(Padding(Text(heading, "bold"), (0, 1)))
+    console.print(table)
+
+
+def _draw(figure: Any, rows: list[str], columns: list[str], values: NDArray[np.float64]) -> None:
+    """Rows are recommendations, columns events; one scale for all cells, two-sided where any is negative."""
+    largest, signed = float(np.abs(values).max()) or 1.0, bool((values < 0).any())
+    digits = 1 if largest >= 1 else 2
+    axes = figure.subplots()
+    image = axes.imshow(
+        values, cmap="RdBu" if signed else "Blues", vmin=-largest if signed else 0.0, vmax=largest, aspect="auto"
+    )
+    axes.set_xticks(range(len(columns)), columns, rotation=50, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(len(rows)), [f"{title}  {place}" for place, title in enumerate(rows, 1)], parse_math=False)
+    axes.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)  # gaps between cells
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("past events, the latest on the right", color="0.35")
+    axes.set_title("What speaks for each recommendation", loc="left", fontweight="bold")
+    for (row, column), value in np.ndenumerate(values):
+        if abs(value) >= _TOLD * largest:
+            shade = "white" if abs(value) > _DARK * largest else "0.2"
+            axes.text(
+                column, row, f"{value:.{digits}f}".replace("-", "−"), ha="center", va="center", fontsize=7, color=shade
+            )
+    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.025, aspect=30)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8)
+    bar.set_label("against  ←  importance  →  for" if signed else "importance", color="0.35", fontsize=8)
+
+
+def _bar(share: float, width: int) -> str:
+    """Eighths of a character make a bar of a share of the width smooth."""
+    eighths = int(share * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _short(title: str, room: int = _TITLE) -> str:
+    title = " ".join(title.split())
+    return title if len(title) <= room else title[: room - 1].rstrip() + "…"
+
+
+def _checked(importance: ArrayLike, rows: int, columns: int) -> NDArray[np.float64]:
+    values = np.asarray(importance, dtype=np.float64)
+    if values.shape != (rows, columns) or not values.size or not np.isfinite(values).all():
+        raise UsageError(
+            f"importance: {values.shape}, expected finite numbers of {rows} items and {columns} events, at least one"
+        )
+    return values
