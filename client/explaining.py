@@ -54,7 +54,7 @@ class Explanation(NamedTuple):
     combined: Tensor
     """By `ends`, the most faithful of the three."""
     parts: Parts | None
-    """Of `gradients`, where items are made of features."""
+    """Of `gradients`, where items are sums of features."""
     gap: Tensor
     """Of `Gradients`, ``(C,)``: a large one wants more steps."""
 
@@ -81,7 +81,8 @@ def explain(
     """
     made = weights if mixture is None else weights._replace(table=mixture.vectors(weights.table))
     gradients = integrated_gradients(model, made, past, targets, steps)
-    parts = None if mixture is None else split(mixture, weights.table, past, gradients.slopes)
+    linear = mixture is not None and mixture.fusion == "sum"  # else shares do not split exactly
+    parts = None if mixture is None or not linear else split(mixture, weights.table, past, gradients.slopes)
     seen, combined = attention(model, made, past, targets), ends(model, made, past, targets)
     return Explanation(seen, gradients.events, combined, parts, gradients.gap)
 

@@ -41,6 +41,12 @@ def recommend(
     history: Annotated[
         str | None, typer.Option(help="ITEM,ITEM,… in time order, by id or title, for anybody.", show_default=False)
     ] = None,
+    explained: Annotated[
+        bool, typer.Option("--explain", help="Also say which past events speak for it (needs the `explain` extra).")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw them as a heat map, .png or .svg; implies --explain.")
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Answer events on standard input, one JSON line each, with lines.")
     ] = False,
@@ -50,6 +56,8 @@ def recommend(
     """Recommend items to a user; what the user had before is left out."""
     if (user is not None) + (history is not None) + watch != 1:
         raise UsageError("name --user ID, --history ITEM,ITEM,… or --watch; one of the three")
+    if watch and (explained or picture):
+        raise UsageError("--watch answers at once; explain with --user or --history")
     from simulations.inference import Trained
 
     trained = Trained(folder)
@@ -59,13 +67,22 @@ def recommend(
         with suppress(KeyboardInterrupt):  # as good an end as that of the lines
             answer(trained, io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace"), k, sys.stdout)
         return
-    items = trained.for_user(user, k) if user is not None else trained.for_history(_quoted(history or ""), k)
+    person = trained.known(user) if user is not None else trained.stranger(_quoted(history or ""))
+    items = trained.top(person, k)
+    if explained or picture:
+        from simulations.explained import draw, reasons, render
+
+        items = reasons(trained, person, items)
+        if picture:
+            draw(picture, items)
     if as_json:
         print_json({"user": user, "items": items})
-    else:
-        from simulations.report import render_items
+        return
+    from simulations.report import render_items
 
-        render_items(Screen(), items)
+    render_items(Screen(), items)
+    if explained or picture:
+        render(Screen(), items)
 
 
 def _quoted(text: str) -> list[str]:

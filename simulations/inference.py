@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from client.device import Device
 from client.evaluation import final_scores, mask_seen, of_items, rank, scores
-from client.facts import assumed, moments
+from client.facts import assumed
+from client.past import Past, past_of
 from client.tuning import Personal, personal
-from common.data.catalogue import Catalogue
 from common.data.prepare import prepare
 from common.data.sequences import Ints, Split
 from common.errors import StateError, UsageError
@@ -25,6 +25,17 @@ from server.checkpoint import load_model
 from server.curator import curator as curator_of
 from server.rounds import MODEL_FILE
 from simulations import rundir
+
+
+class Person(NamedTuple):
+    """Somebody to be recommended to."""
+
+    past: Past
+    """One history, as far as the model sees it."""
+    weights: Weights
+    """As trained, with the person's own numbers."""
+    seen: Ints
+    """Items that are not recommended again."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +77,28 @@ class Trained:
         kept = None if own is None else own.before(users, best + 1)
         return personal(experiment, self.weights, self.device.sequences, users, kept)
 
-    def for_user(self, user_id: str, k: int) -> list[dict[str, Any]]:
-        """Top k for somebody in the data, from all of their events; items that they had are left out.
+    def known(self, user_id: str) -> Person:
+        """Somebody in the data, with all of its events.
 
         Raises
         ------
         DataError
             Where nobody has this id.
+        StateError
+            Where it has no events.
         """
-        user = np.array([self.device.sequences.index_of(user_id)], dtype=np.int64)
-        stops = self.device.sequences.ends(user)
-        person = self.person(user)
-        for _, scored in scores(self.device.experiment, self.weights, self.device.sequences, user, stops, person):
-            return self._top(mask_seen(scored, self.device.sequences, user, stops)[0], k)
-        raise StateError(f"user {user_id} has no events")
+        experiment, sequences = self.device.experiment, self.device.sequences
+        user = np.array([sequences.index_of(user_id)], dtype=np.int64)
+        stops = sequences.ends(user)
+        if stops[0] == sequences.starts(user)[0]:
+            raise StateError(f"user {user_id} has no events")
+        own, weights = self.person(user), self.weights
+        if own is not None:
+            weights = weights._replace(body=own.bodies(experiment, weights.body, user)[0])
+        return Person(past_of(experiment.model, sequences, user, stops), weights, sequences.had(user, stops)[0])
 
-    def for_history(self, names: Sequence[str], k: int) -> list[dict[str, Any]]:
-        """Top k for somebody who is not in the data, from items in time order, by id or title.
+    def stranger(self, names: Sequence[str]) -> Person:
+        """Somebody who is not in the data, from items in time order, by id or title.
 
         Raises
         ------
@@ -93,13 +109,27 @@ class Trained:
             raise UsageError("--history: name at least one item, in time order, separated by commas")
         history = [self.device.catalogue.find(name) for name in names]
         model = self.device.experiment.model
-        window = torch.tensor([history[-model.max_length :]])
+        window = history[-model.max_length :]
+        facts = assumed(model, self.device.sequences, len(window))
+        told = None if facts is None else {name: torch.from_numpy(values) for name, values in facts.items()}
+        past = Past(torch.tensor([window]), torch.tensor([len(window)]), told)
+        return Person(past, self.weights, np.array(history, dtype=np.int64))
+
+    def top(self, person: Person, k: int) -> list[dict[str, Any]]:
+        """The k best items for a person, without those that it had."""
+        past, built = person.past, self.built._replace(body=person.weights.body)
         with torch.no_grad():
-            length = torch.tensor([window.shape[1]])
-            known = moments(assumed(model, self.device.sequences, window.shape[1]), length)
-            scored = final_scores(model, self.built, window, length, known)[0]
-        scored[torch.tensor(history)] = -torch.inf
+            scored = final_scores(self.device.experiment.model, built, past.items, past.lengths, past.moments)[0]
+        scored[torch.from_numpy(person.seen)] = -torch.inf
         return self._top(scored, k)
+
+    def for_user(self, user_id: str, k: int) -> list[dict[str, Any]]:
+        """Top k for somebody in the data; errors as in `known`."""
+        return self.top(self.known(user_id), k)
+
+    def for_history(self, names: Sequence[str], k: int) -> list[dict[str, Any]]:
+        """Top k for somebody who is not in the data; errors as in `stranger`."""
+        return self.top(self.stranger(names), k)
 
     def lists(self, users: Ints, stops: Ints, k: int) -> Ints:
         """Top k of many users from their events before `stops`, ``(n, k)`` catalogue indices."""
@@ -112,10 +142,9 @@ class Trained:
 
     def _top(self, scored: torch.Tensor, k: int) -> list[dict[str, Any]]:
         best = scored.topk(min(k, len(scored)))
-        catalogue: Catalogue = self.device.catalogue
-        ids, titles, genres = catalogue.item_ids(), catalogue.titles(), catalogue.genres()
+        about = self.device.catalogue.about
         return [
-            {"item": ids[i], "title": titles[i], "genres": genres[i], "score": round(score, 4)}
+            {**dict(zip(("item", "title", "genres"), about(i), strict=True)), "score": round(score, 4)}
             for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             if score > -np.inf
         ]

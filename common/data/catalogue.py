@@ -66,21 +66,41 @@ class Catalogue:
         features = disk.read_manifest(self.folder).get("features", {}).get("digest", "")
         return hashlib.sha256("\n".join([*self.item_ids(), *[features] * bool(features)]).encode()).hexdigest()[:16]
 
+    @cached_property
+    def _ids(self) -> list[str]:
+        return self.table["item"].to_list()
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self._ids)}
+
+    @cached_property
+    def _titles(self) -> list[str]:
+        if "title" not in self.table.columns:
+            return self._ids
+        return self.table["title"].fill_null(self.table["item"]).to_list()
+
     def item_ids(self) -> list[str]:
         """Ids of all items, as in the source, in the order of their numbers."""
-        return self.table["item"].to_list()
+        return list(self._ids)
 
     def titles(self) -> list[str]:
         """Titles of all items; where none is known, the id."""
-        if "title" not in self.table.columns:
-            return self.item_ids()
-        return self.table["title"].fill_null(self.table["item"]).to_list()
+        return list(self._titles)
 
-    def genres(self) -> list[list[str]]:
-        """Genres of all items; an empty list where none is known."""
+    @cached_property
+    def _genres(self) -> list[list[str]]:
         if "genres" not in self.table.columns:
             return [[] for _ in range(self.items)]
         return [genres or [] for genres in self.table["genres"].to_list()]
+
+    def genres(self) -> list[list[str]]:
+        """Genres of all items; an empty list where none is known."""
+        return list(self._genres)
+
+    def about(self, item: int) -> tuple[str, str, list[str]]:
+        """Id, title and genres of one item, as the lists of all have them."""
+        return self._ids[item], self._titles[item], self._genres[item]
 
     def index_of(self, item_id: str) -> int:
         """Find the number of the item with that id.
@@ -90,11 +110,10 @@ class Catalogue:
         DataError
             If there is none; it names the nearest spelling.
         """
-        ids = self.item_ids()
         try:
-            return ids.index(item_id)
-        except ValueError:
-            raise unknown("item", item_id, ids) from None
+            return self._numbers[item_id]
+        except KeyError:
+            raise unknown("item", item_id, self._ids) from None
 
     def find(self, name: str) -> int:
         """Find the number of an item by its id, its title, or a part of a title that no other has; case is no matter.
@@ -104,10 +123,10 @@ class Catalogue:
         DataError
             If there is none, with the nearest spelling, or if there are several, with some of them.
         """
-        ids = self.item_ids()
-        if name in ids or "title" not in self.table.columns or not name:
+        ids = self._ids
+        if name in self._numbers or "title" not in self.table.columns or not name:
             return self.index_of(name)
-        titles, wanted = self.titles(), name.casefold()
+        titles, wanted = self._titles, name.casefold()
         folded = [title.casefold() for title in titles]
         found = [i for i, title in enumerate(folded) if title == wanted]
         found = found or [i for i, title in enumerate(folded) if wanted in title]

@@ -1,0 +1,117 @@
+"""What `hushrec recommend --explain` says: which past events and which features speak for each recommendation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from client.explaining import Explanation, explain
+from common.data import itemrows
+from common.errors import UsageError
+from common.models.items import mixture_of
+from simulations.heatmap import bars, heat_map
+from simulations.inference import Person, Trained
+
+_MEANING = (
+    "Importance: what an event adds to the item's log-probability, as the only event and as one more (mean of both)."
+)
+FEATURES = 5
+"""Features that are told of an item."""
+
+
+def reasons(trained: Trained, person: Person, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Explain recommendations.
+
+    Parameters
+    ----------
+    trained : Trained
+        The run.
+    person : Person
+        Who is recommended to.
+    items : list of dict
+        What was recommended, from `Trained`.
+
+    Returns
+    -------
+    list of dict
+        The items, each with ``because``: past events in time order, each with ``item``, ``title``, ``importance`` (what
+        it adds to the log-probability of the item) and, beside it, ``gradients`` and ``attention``; and, where items
+        are made of features, ``features``: those that say most, by name and importance.
+    """
+    experiment, catalogue = trained.device.experiment, trained.device.catalogue
+    ids, titles = catalogue.item_ids(), catalogue.titles()
+    numbers, past = {name: number for number, name in enumerate(ids)}, person.past
+    targets = torch.tensor([numbers[item["item"]] for item in items])
+    mixture = mixture_of(experiment, catalogue.folder)
+    often = past.pick(torch.zeros(len(items), dtype=torch.int64))
+    found = explain(experiment.model, person.weights, often, targets, mixture)
+    events = past.items[0, : int(past.lengths[0])].tolist()
+    named = _features(found, catalogue.folder, catalogue.items) if found.parts is not None else {}
+    told = []
+    for row, item in enumerate(items):
+        because = []
+        for place, event in enumerate(events):
+            kinds = {"importance": found.combined, "gradients": found.gradients, "attention": found.attention}
+            told_by = {name: round(float(part[row, place]), 4) for name, part in kinds.items() if part is not None}
+            because.append({"item": ids[event], "title": titles[event], **told_by})
+        told.append({**item, "because": because} | ({"features": named[row]} if row in named else {}))
+    return told
+
+
+def _features(found: Explanation, folder: Path, items: int) -> dict[int, list[dict[str, Any]]]:
+    """The features of past events that speak most for each explained item."""
+    if found.parts is None:
+        return {}
+    names = np.array(row_names(folder))
+    own = int(found.parts.rows.max()) + 1 > len(names)  # rows of items come first, where there are such
+    rows = found.parts.rows.numpy() - (items if own else 0)
+    batch, values = found.parts.events[:, 0].numpy(), found.parts.values.numpy()
+    told: dict[int, list[dict[str, Any]]] = {}
+    for row in range(len(found.combined)):
+        here = (batch == row) & (rows >= 0)
+        kinds, place = np.unique(names[rows[here]], return_inverse=True)
+        sums = np.bincount(place, values[here], minlength=len(kinds))
+        best = np.argsort(-np.abs(sums))[:FEATURES]
+        told[row] = [{"feature": str(kinds[i]), "importance": round(float(sums[i]), 4)} for i in best]
+    return told
+
+
+def row_names(folder: Path) -> list[str]:
+    """What each feature row of a prepared folder stands for; numbers of one dense feature have one name."""
+    known = itemrows.load(folder)
+    if known is None:
+        raise itemrows.unknown_features(folder)
+    fitted = json.loads((folder / itemrows.FITTED).read_text())["columns"]
+    names: list[str] = []
+    for feature, size in zip(fitted, known.groups, strict=True):
+        values = [f"{feature['name']}: {value}" for value in feature.get("vocabulary", [])]
+        more = f"{feature['name']}: rare" if values else feature["name"]
+        names += values[:size] + [more] * (size - len(values))
+    return names
+
+
+def render(console: Console, items: list[dict[str, Any]]) -> None:
+    """Print why the first of some recommendations is one."""
+    if not items:
+        return
+    first = items[0]
+    titles = [reason["title"] for reason in first["because"]]
+    bars(console, titles, [reason["importance"] for reason in first["because"]], f"Why {first['title']}")
+    if first.get("features"):
+        said = ", ".join(f"{each['feature']} {each['importance']:+.3f}" for each in first["features"])
+        console.print(Padding(Text(f"By features of these: {said}"), (0, 1)))
+    console.print(Padding(Text(_MEANING, "dim"), (0, 1)))
+
+
+def draw(path: Path, items: list[dict[str, Any]]) -> None:
+    """Draw a heat map of some recommendations over the past events; errors as in `heat_map`."""
+    if not items:
+        raise UsageError(f"{path}: nothing is recommended, so there is nothing to draw")
+    titles = [reason["title"] for reason in items[0]["because"]]
+    values = [[reason["importance"] for reason in item["because"]] for item in items]
+    heat_map(path, titles, [item["title"] for item in items], values)
