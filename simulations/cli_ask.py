@@ -5,7 +5,7 @@ import io
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,14 +19,26 @@ def evaluate(
     folder: RunDir,
     split: Annotated[str, typer.Option(help="[cyan]validation[/] or [cyan]test[/].")] = "test",
     ranks: Annotated[Path | None, typer.Option(help="Write user and rank to this CSV file.")] = None,
+    explanations: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="USERS", help="Measure explanations for so many users instead (see --explain)."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank every user's held-out item with a finished run's model."""
     if split not in {"validation", "test"}:
         raise UsageError(f"--split {split}: must be validation or test")
+    part: Literal["validation", "test"] = "validation" if split == "validation" else "test"
+    if explanations is not None:
+        from simulations.inference import Trained
+        from simulations.trust import render, trust
+
+        found = trust(Trained(folder), part, explanations)
+        print_json(found) if as_json else render(Screen(), found)
+        return
     from simulations.inference import evaluate as evaluate_run
 
-    figures = evaluate_run(folder, "validation" if split == "validation" else "test", ranks)
+    figures = evaluate_run(folder, part, ranks)
     if as_json:
         print_json(figures)
     else:

@@ -8,8 +8,8 @@ from pydantic import TypeAdapter
 
 from client.handlers import HANDLERS
 from common.config import OptimizerConfig
-from common.loss import LossConfig
 from common.data.readers import READERS
+from common.loss import LossConfig
 from common.models.losses import LOSSES, Candidates, build_loss
 from common.models.weights import Weights
 from common.sources import DataConfig
