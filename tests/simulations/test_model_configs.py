@@ -20,6 +20,11 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 SIZE = {"dim": 8, "blocks": 1, "heads": 2, "max_length": 12}
 
 
+@pytest.mark.parametrize("path", sorted(FOLDER.parent.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_that_is_shipped_is_valid(path):
+    assert load(str(path)).name
+
+
 def test_there_is_one_for_each_kind():
     models = [load(str(path)).model for path in FILES]
     assert {model.attention.kind for model in models} == MECHANISMS.keys()
