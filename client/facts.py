@@ -10,6 +10,8 @@ from common.errors import DataError
 from common.models.inputs import Moments
 from common.models.schema import BehaviourInput, ModelConfig
 
+_FARTHEST = 10**11
+"""Seconds; some three thousand years."""
 Facts = dict[str, NDArray[np.generic]]
 """Values of the events at some places, by the fields of `Moments`."""
 
@@ -83,6 +85,8 @@ def require_facts(model: ModelConfig, sequences: Sequences, timed: bool) -> None
     if model.timed and not timed:
         looking = "model.attention time-aware" if model.intervals else "model.inputs hour, weekday and interval"
         raise DataError(f"{sequences.folder}: knows no times of events, which {looking} looks at")
+    if model.timed and len(sequences.times) and abs(sequences.times[-1] // sequences.per_second) > _FARTHEST:
+        raise DataError(f"{sequences.folder}: times are no seconds since 1970, perhaps thousandths; divide them")
     facts_at(model, sequences, np.zeros(0, dtype=np.int64))
 
 

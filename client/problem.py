@@ -131,7 +131,8 @@ def _posed(
         whole = Problem(chunk, None, counts, torch.from_numpy(events), 0, None, catalogue, barred, mixture)
         return whole, whole
     if known is None:
-        trained, owner = sequences.had(users, sequences.stops(users, "train")[0])
+        learnt = sequences.events if experiment.federation.local.predict == "all" else sequences.had
+        trained, owner = learnt(users, sequences.stops(users, "train")[0])
     else:
         owner, trained = known
     real: NDArray[np.bool_] = np.arange(w + 1) < lengths[..., None]  # (C, S, W + 1)

@@ -62,8 +62,8 @@ class Updates:
         trained = self._own.windows.trained  # (C, S)
         self.users: Ints = self._own.windows.users
         """Index of each user, ``(C,)``."""
-        self.events: Ints = trained.sum(-1) // (experiment.federation.local.epochs or trained.shape[1])
-        """Targets that one pass trained on, ``(C,)``."""
+        self.events: Ints = -(-trained.sum(-1) // (experiment.federation.local.epochs or trained.shape[1]))
+        """Targets that one pass trained on, ``(C,)``; the mean over passes that differ, rounded up."""
         by_events = experiment.federation.weighting == "events"
         self.expected: NDArray[np.float32] = (self.events if by_events else np.ones_like(self.events)).astype(
             np.float32
@@ -233,7 +233,7 @@ class Updates:
 
     def _several_steps(self) -> tuple[Stack, NDArray[np.float32]]:
         """Train a copy of the weights per user."""
-        model, local, lengths = self._experiment.model, self._experiment.federation.local, self._own.windows.lengths
+        model, local, learns = self._experiment.model, self._experiment.federation.local, self._own.windows.trained > 0
         c, table, rows = len(self.users), self._weights.table, self._own.rows
         origin = table.expand(c, -1, -1) if rows is None else table[torch.from_numpy(rows)]  # (C, R, D)
         start = Weights(origin, self._bodies().expand(c, -1))
@@ -246,14 +246,14 @@ class Updates:
         for name in parameters:
             own = stays(name, self._experiment.federation.on_device)
             rates.append(self._experiment.federation.on_device_lr if own else local.lr)
-        losses = torch.zeros(lengths.shape)  # (C, S)
-        for step in range(lengths.shape[1]):
+        losses = torch.zeros(learns.shape)  # (C, S)
+        for step in range(learns.shape[1]):
             vectors = read_vectors(leaves[0], self._own, step)
             per_user = step_loss(self._experiment, vectors, parameters, self._own, step, self._round)  # (C,)
             gradients = torch.autograd.grad(per_user.sum(), leaves)
             losses[:, step] = per_user.detach()
             with torch.no_grad():
-                active = torch.from_numpy(lengths[:, step] > 1).float()  # (C,)
+                active = torch.from_numpy(learns[:, step]).float()  # (C,)
                 for leaf, gradient, begin, lr in zip(leaves, gradients, begins, rates, strict=True):
                     if local.prox:
                         pull = local.prox * active.view(-1, *[1] * (leaf.dim() - 1))
@@ -261,6 +261,6 @@ class Updates:
                     leaf.sub_(gradient, alpha=lr)
         with torch.no_grad():
             change = Weights(*(part.detach().sub_(begin) for part, begin in zip(here, start, strict=True)))
-        mean_losses = losses.sum(-1).numpy() / np.maximum((lengths > 1).sum(-1), 1).astype(np.float32)
+        mean_losses = losses.sum(-1).numpy() / np.maximum(learns.sum(-1), 1).astype(np.float32)
         tables = Tables.split(change.table, self._own.shared)
         return Stack(tables, [change.body], torch.ones(c)), mean_losses

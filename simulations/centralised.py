@@ -84,6 +84,8 @@ def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Int
         Where `loss.kind` is neither softmax nor sampled-softmax.
     """
     config = experiment.model
+    if not len(users):
+        return torch.zeros(())
     stops, _ = sequences.stops(users, "train")
     histories = stops - sequences.offsets[users]
     width = int(np.clip(histories.max() - 1, 1, config.max_length))
@@ -114,7 +116,8 @@ def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Int
     items = model.item.num_embeddings
     wanted = min(getattr(experiment.loss, "negatives", 0), items)
     negatives = np.sort(generator(experiment.seed, "negatives", step).choice(items, wanted, replace=False))
-    owned, owner = sequences.had(users, stops)
+    learnt = sequences.events if experiment.federation.local.predict == "all" else sequences.had
+    owned, owner = learnt(users, stops)
     known = np.zeros((len(users), items), dtype=bool)
     known[owner, owned] = True
     allowed = torch.from_numpy(~known[:, negatives]).unsqueeze(1).expand(-1, width, -1)[real]  # (T, N)

@@ -114,7 +114,7 @@ def parity_mode(experiment: Experiment) -> Experiment:
     adam = experiment.federation.optimizer.model_dump(exclude={"kind", "momentum", "body"}) | {"kind": "fedadam"}
     if experiment.federation.optimizer.kind != "fedadam":
         adam = {"kind": "fedadam"}
-    local = {"steps": 1, "lr": 1.0, "window": experiment.federation.local.window}
+    local = {"steps": 1, "lr": 1.0} | experiment.federation.local.model_dump(include={"window", "predict"})
     federation = {"rounds": ROUNDS, "weighting": "events", "local": local, "optimizer": adam}
     evaluation = {"every": ROUNDS, "patience": None, "users": None, "test_users": None}
     return altered(experiment, federation=federation, evaluation=evaluation, privacy={"kind": "none"})
@@ -143,7 +143,7 @@ def _engines(device: Device, report: Report) -> Iterator[Check]:
     bound = UPDATE_BOUND if on_device(device.experiment.privacy) is None else NOISED_BOUND
     engines = ["sequential"] + (["ray"] if importlib.util.find_spec("ray") else [])
     for steps, lr in ((1, 1.0), (LOCAL_STEPS, 0.2)):
-        here = _with(device, federation={"cohort": COHORT, "local": {"steps": steps, "lr": lr}})
+        here = _with(device, federation={"cohort": COHORT, "local": several(device, steps, lr)})
         updates = {}
         for engine in ("vectorized", *engines):
             report(f"updates, {steps} local step(s), {engine}")
@@ -200,8 +200,7 @@ def _centralised(device: Device, outcome: Outcome, report: Report) -> Iterator[C
     once = _with(device, federation={"rounds": 1, "optimizer": SGD, "sampling": "fixed"}, evaluation={"every": 1})
     model = initial_model(device)
     users = cohort(once.experiment.federation, len(sequences), experiment.seed, 1)
-    centralised.loss(experiment, model, sequences, users, 1).backward()
-    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    centralised.train_step(experiment, model, torch.optim.SGD(model.parameters(), lr=1.0), sequences, users, 1)
     name = "weights after one step of plain SGD: federated = centralised"
     yield _same_weights(name, UPDATE_BOUND, _federated(once).weights, model, experiment)
 
@@ -219,10 +218,15 @@ def _centralised(device: Device, outcome: Outcome, report: Report) -> Iterator[C
 def _drift(device: Device, outcome: Outcome, report: Report) -> Iterator[Check]:
     """(c)."""
     report(f"{ROUNDS} rounds of {LOCAL_STEPS} local steps")
-    several = _federated(_with(device, federation={"local": {"steps": LOCAL_STEPS, "lr": 0.2}}))
-    one, more = (point(each.test[0], [10])["ndcg@10"] for each in (outcome, several))
+    longer = _federated(_with(device, federation={"local": several(device, LOCAL_STEPS, 0.2)}))
+    one, more = (point(each.test[0], [10])["ndcg@10"] for each in (outcome, longer))
     note = f"{one:.4f} with one of lr 1, {more:.4f} with {LOCAL_STEPS} of lr 0.2, same rounds"
     yield Check(f"cost of {LOCAL_STEPS} local steps in test ndcg@10", one - more, None, note)
+
+
+def several(device: Device, steps: int, lr: float) -> dict[str, Any]:
+    """Local training of so many steps that learns what the experiment's does."""
+    return {"steps": steps, "lr": lr, "predict": device.experiment.federation.local.predict}
 
 
 def _with(device: Device, **sections: dict[str, Any]) -> Device:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -32,6 +33,10 @@ from simulations import rundir
 from simulations.baselines import baseline_ranks
 from simulations.engines import play
 from simulations.progress import watching
+
+
+RESERVED = re.compile(r"s\d+|cold|warm|personal")
+"""Marks of other figures, which a domain of that name does not take over."""
 
 
 def run(experiment: Experiment, folder: Path, console: Console, resume: bool = False) -> dict[str, Any]:
@@ -101,7 +106,8 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         if cold is not None:
             test |= figures(np.where(cold, full, np.nan), "|cold") | figures(np.where(cold, np.nan, full), "|warm")
         for name, inside in domain_targets(device).items():
-            test |= figures(np.where(inside, full, np.nan), f"|{name}")
+            mark = f"domain {name}" if RESERVED.fullmatch(name) else name
+            test |= figures(np.where(inside, full, np.nan), f"|{mark}")
         tested = np.flatnonzero(np.isfinite(full))
         ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items, tested)
         users_tested = len(tested)

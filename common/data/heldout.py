@@ -39,6 +39,8 @@ def hold_out(config: DataConfig, draft: Path, facts: dict[str, Any]) -> int:
     places = None
     if config.target is not None:
         (facts["target"],) = _numbers((config.target,), facts, "behaviour", "data.target")
+        if config.only.behaviours and config.target not in config.only.behaviours:
+            raise DataError(f"data.only.behaviours leaves out data.target={config.target}: nothing would be held out")
         places = np.flatnonzero(disk.load_array(draft, "behaviours") == facts["target"])
     arrays: dict[str, NDArray[Any]] = split(config, offsets, times, places)._asdict()
     seen = np.ones(len(times), dtype=bool) if config.only.behaviours or config.only.domains else None
@@ -49,6 +51,8 @@ def hold_out(config: DataConfig, draft: Path, facts: dict[str, Any]) -> int:
         wanted = _numbers(config.only.domains, facts, "domain", "data.only.domains")
         seen &= np.isin(disk.load_array(draft, disk.DOMAINS)[disk.load_array(draft, "items")], wanted)
     if seen is not None:
+        if not seen.any():
+            raise DataError(f"data.only={config.only.model_dump(exclude_none=True)} leaves no events; name more")
         before = np.concatenate([[0], np.cumsum(seen, dtype=np.int64)])  # (E + 1,) events that stay before each place
         for name in ("validation", "test"):
             held = arrays[name] >= 0

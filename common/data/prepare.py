@@ -94,6 +94,8 @@ def intact(folder: Path) -> bool:
             return False
         for name in manifest["extras"]:
             disk.load_array(folder, name, len(items))
+        if "domains" in manifest:
+            disk.load_array(folder, disk.DOMAINS, manifest["kept"]["items"])
         for name in (disk.USERS, disk.CATALOGUE):
             pl.read_parquet_schema(folder / name)
         itemrows.load(folder)

@@ -47,7 +47,7 @@ def kept(config: DataConfig, frame: pl.DataFrame) -> pl.DataFrame:
     """
     least = getattr(config, "min_rating", None)
     if least is not None:
-        frame = frame.filter(pl.col("rating") >= least)
+        frame = frame.filter(pl.col("rating").is_not_nan() & (pl.col("rating") >= least))
         _refuse_empty(frame, f"data.min_rating={least}")
     if config.repeats != "keep":
         same = ["user", "item", *(["behaviour"] if "behaviour" in frame.columns else [])]

@@ -79,6 +79,8 @@ class Sequences:
         users, events = manifest["kept"]["users"], manifest["kept"]["events"]
         sizes = {"items": events, "times": events, "offsets": users + 1}
         arrays = {name: disk.load_array(folder, name, sizes.get(name, users)) for name in disk.ARRAYS}
+        if not events:  # of a user of whom nothing is seen; what is said of padding is looked up there
+            arrays |= {name: np.zeros(1, dtype=disk.ARRAYS[name]) for name in ("items", "times")}
         ends = arrays["offsets"]
         if ends[0] != 0 or ends[-1] != events:
             raise disk.damaged(folder, f"offsets.npy runs from {ends[0]} to {ends[-1]}, expected 0 to {events}")
@@ -147,7 +149,9 @@ class Sequences:
         """Memory-map an optional array (E,) of the folder; None where the source has no such thing."""
         if not (self.folder / f"{name}.npy").exists():
             return None
-        return disk.load_array(self.folder, name, len(self.items))
+        events = int(self.offsets[-1])
+        array = disk.load_array(self.folder, name, events)
+        return array if events else np.zeros(1, dtype=array.dtype)
 
     @cached_property
     def behaviours(self) -> NDArray[np.int8] | None:

@@ -20,7 +20,7 @@ class Table:
     ----------
     frame : DataFrame
         user: str, item: str, time: i64 (the row's number where the file has no times), and where known
-        rating: f32, behaviour: str, domain: str.
+        rating: f32 (NaN where a row has none), behaviour: str, domain: str.
     timed : bool
         Whether the file has times, or its order is the time order.
     bad_rows : int
@@ -98,7 +98,8 @@ def _typed(raw: pl.DataFrame, time: pl.Expr | None) -> list[pl.Expr]:
         columns["item"] = pl.concat_str(columns["domain"], columns["item"], separator="/")
     if "rating" in raw.columns:
         rating = pl.col("rating").cast(pl.Float32, strict=False)
-        columns["rating"] = pl.when(rating.is_finite()).then(rating)
+        empty = pl.col("rating").is_null() | (pl.col("rating").cast(pl.String, strict=False) == "")
+        columns["rating"] = pl.when(empty).then(float("nan")).otherwise(pl.when(rating.is_finite()).then(rating))
     if time is not None:
         columns["time"] = time
     return [expression.alias(role) for role, expression in columns.items()]

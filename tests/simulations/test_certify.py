@@ -148,6 +148,7 @@ def test_parity_mode_changes_the_federation_only():
         "lr": 1.0,
         "prox": 0.0,
         "window": "random",
+        "predict": "target",
     }
     assert parity.federation.optimizer == experiment.federation.optimizer, "an Adam keeps its settings"
     assert (parity.federation.rounds, parity.federation.weighting) == (ROUNDS, "events")

@@ -54,6 +54,13 @@ def test_ratings_and_behaviours(source):
     assert sequences.times.tolist() == [1, 2, 3]
 
 
+def test_an_event_without_rating_is_one(source):
+    content = "user,item,time,stars\na,x,1,\na,y,2,2\na,z,3,many\n"
+    columns = Columns(rating="stars")
+    folder = prepare(source("table", "t.csv", content, columns=columns))
+    assert np.isnan(Sequences.open(folder).ratings).tolist() == [True, False]  # "many" is malformed
+
+
 def test_too_many_behaviours(source):
     content = "user,item,time,how\n" + "".join(f"a,x,{n},{n}\n" for n in range(200))
     with pytest.raises(DataError, match="200 different behaviours"):
