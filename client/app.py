@@ -74,7 +74,7 @@ def train(message: Message, context: Context) -> Message:
     users, device = _here(message, context), _device(context)
     reply = _trained(message, context, users, device)
     if device.own is not None:
-        remember(device.own, context, users_of(context), device.experiment)
+        remember(device.own, context, users_of(context))
     return reply
 
 

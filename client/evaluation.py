@@ -1,6 +1,7 @@
 """Ranking of the whole catalogue for many users at once; a device calls it with its one user."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from client.batches import bucket_widths, pair_bytes
 from client.facts import facts_at, moments
+from client.newcomers import lifted, new_items
 from client.rows import Ints
 from client.tuning import Personal, personal
 from common.config import Experiment
@@ -24,6 +26,8 @@ from common.models.weights import Weights, named
 from common.seeding import uniform_integers
 
 _LOTS = 2**40
+NOTHING = 256
+"""Users ranked at a time of whom nothing is known."""
 
 
 def final_scores(
@@ -119,10 +123,17 @@ def target_ranks(scored: Tensor, targets: Tensor) -> Ranks:
     return np.where(torch.isfinite(own.squeeze(1)).numpy(), ranks, scored.shape[1])
 
 
-def held_out_ranks(scored: Tensor, sequences: Sequences, users: Ints, stops: Ints, targets: Ints) -> Ranks:
+def held_out_ranks(
+    scored: Tensor,
+    sequences: Sequences,
+    users: Ints,
+    stops: Ints,
+    targets: Ints,
+    placed: Callable[[Tensor], Tensor] | None = None,
+) -> Ranks:
     """Rank of each user's held-out item among all of its domain that the user had not before; masks `scored` in place.
 
-    The held-out item itself is never masked, even where the user had it before.
+    The held-out item itself is never masked, even where the user had it before. `placed` has the last word on scores.
     """
     row, goal = torch.arange(len(users)), torch.from_numpy(targets)
     own = scored[row, goal]
@@ -131,7 +142,7 @@ def held_out_ranks(scored: Tensor, sequences: Sequences, users: Ints, stops: Int
         domains = torch.tensor(sequences.domains)
         scored.masked_fill_(domains != domains[goal].unsqueeze(-1), -torch.inf)
     scored[row, goal] = own
-    return target_ranks(scored, goal)
+    return target_ranks(placed(scored) if placed else scored, goal)
 
 
 def rank(
@@ -162,18 +173,38 @@ def rank(
     stops, targets = sequences.stops(users, split)
     found = Ranking(*(np.full(len(users), np.nan) for _ in Ranking._fields))
     held = np.flatnonzero(targets >= 0)
+    placed = partial(lifted, experiment) if split == "test" else None  # in validation nobody's item is new
     for where, scored in scores(experiment, weights, sequences, users[held], stops[held]):
         here = held[where]
-        found.full[here] = held_out_ranks(scored, sequences, users[here], stops[here], targets[here])
+        found.full[here] = held_out_ranks(scored, sequences, users[here], stops[here], targets[here], placed)
         if experiment.evaluation.sampled:
             few = _sample(experiment, users[here], split, scored, torch.from_numpy(targets[here]))
             found.sampled[here] = target_ranks(scored.gather(1, few), torch.zeros(len(here), dtype=torch.int64))
+    # Of whom nothing is seen before, as `data.only` may have it: all items tie.
+    alone = held[stops[held] <= sequences.starts(users[held])]
+    items = len(of_items(experiment, weights, sequences).table) if len(alone) else 0
+    for start in range(0, len(alone), NOTHING):
+        here = alone[start : start + NOTHING]
+        equal = torch.zeros(len(here), items)
+        found.full[here] = held_out_ranks(equal, sequences, users[here], stops[here], targets[here])
     person = personal(experiment, weights, sequences, users[held], own)
     if person is not None:
+        found.personal[alone] = found.full[alone]
         for where, scored in scores(experiment, weights, sequences, users[held], stops[held], person):
             here = held[where]
-            found.personal[here] = held_out_ranks(scored, sequences, users[here], stops[here], targets[here])
+            found.personal[here] = held_out_ranks(scored, sequences, users[here], stops[here], targets[here], placed)
     return found
+
+
+def shelf_ranks(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints) -> Ranks:
+    """Rank each user's test item among the items that training never saw alone, ``(C,)``; NaN where it is none."""
+    stops, targets = sequences.stops(users, "test")
+    new, ranks = new_items(experiment, len(of_items(experiment, weights, sequences).table)), np.full(len(users), np.nan)
+    held = np.flatnonzero(np.isin(targets, new.numpy()))
+    for where, scored in scores(experiment, weights, sequences, users[held], stops[held]):
+        place = np.searchsorted(new.numpy(), targets[held[where]])
+        ranks[held[where]] = target_ranks(scored[:, new], torch.from_numpy(place))
+    return ranks
 
 
 def _sample(experiment: Experiment, users: Ints, split: Split, scored: Tensor, goal: Tensor) -> Tensor:

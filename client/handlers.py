@@ -102,6 +102,8 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
         ranking = device.ranker(device.experiment, weights, device.sequences, cohort, split, **own)
         for i, user, *ranks in zip(asked, cohort, *ranking, strict=True):
             told = {name: float(rank) for name, rank in zip(RANKS, ranks, strict=True) if not np.isnan(rank)}
+            if not device.experiment.told_as_is:  # nobody may be told of the others
+                told = {name: told[name] for name in RANKS[:1] if name in told}
             replies[i] = _metrics_reply(messages[i], {"user": int(user), **told})
     return _complete(messages, replies)
 

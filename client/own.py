@@ -1,7 +1,7 @@
 """What devices keep to themselves (`federation.on_device`): each user's own parameters, round by round.
 
-A round may be run again after a resume, or a chunk of it to weigh its updates differently. So a user's numbers before a
-round are looked up by that round, never merely the latest; what a round that is run again had left is passed over.
+A round may be run again, or a chunk of it to weigh its updates differently, and the test is ranked with an earlier one.
+So a user's numbers are looked up by round, never merely the latest; a resume forgets what abandoned rounds had left.
 """
 
 import os
@@ -49,7 +49,7 @@ class Own:
         self._last = np.full(users, -1, dtype=np.int64)  # each user's newest entry
         self._log = np.zeros(0, dtype=self._kind)
         self._before = np.zeros(0, dtype=np.int64)  # the entry before each that an earlier round has left, or -1
-        self._count = 0
+        self._count, self._reopened = 0, False
         if path is not None and path.exists():
             self._read(path)
 
@@ -58,6 +58,16 @@ class Own:
         entries = self._entries(users, round_)
         values = np.where(entries[:, None] >= 0, self._values(entries), self._fresh)
         return Kept(users, torch.from_numpy(values))
+
+    def begin(self, round_: int) -> None:
+        """Forget, after a resume, what this round and later ones have left: they are run again, maybe by others."""
+        if not self._reopened:
+            return
+        kept = self._log[: int(np.searchsorted(self._log["round"][: self._count], round_))].copy()
+        self._last[:], self._count, self._reopened = -1, 0, False
+        self._enter_all(kept)
+        if self._path is not None:
+            os.truncate(self._path, len(kept) * self._kind.itemsize)
 
     def keep(self, users: Ints, round_: int, values: Tensor) -> None:
         """Enter what a round has left.
@@ -78,25 +88,26 @@ class Own:
         """
         new = np.zeros(len(users), dtype=self._kind)
         new["user"], new["round"], new["values"] = users, round_, values.numpy()
-        self._enter(new)
-        if self._path is not None:
-            try:
+        try:
+            self.begin(round_)
+            self._enter(new)
+            if self._path is not None:
                 with self._path.open("ab") as file:
                     file.write(new.tobytes())
-            except OSError as fault:
-                raise StateError(f"{self._path}: {fault.strerror}") from fault
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as fault:
+            raise StateError(f"{self._path}: {fault.strerror}") from fault
 
     def alone(self, users: range) -> "Own":
         """The same for some users who have not trained yet, in memory."""
         return Own(torch.from_numpy(self._fresh), users.start, len(users))
 
-    def record(self, users: range, rounds: int) -> ArrayRecord:
-        """What a Flower context's state shall hold of users: what the last so many rounds left, and one before."""
+    def record(self, users: range) -> ArrayRecord:
+        """What a Flower context's state shall hold of users: all of it, since the round that is chosen may be any."""
         log = self._log[: self._count]
         mine = np.flatnonzero((log["user"] >= users.start) & (log["user"] < users.stop))
-        horizon = int(log["round"][mine].max(initial=0)) - rounds
-        needed = mine[self._needed(mine, horizon)]
-        return arrays(**{name: np.ascontiguousarray(log[name][needed]) for name in ("user", "round", "values")})
+        return arrays(**{name: np.ascontiguousarray(log[name][mine]) for name in ("user", "round", "values")})
 
     def take_over(self, other: "Own") -> None:
         """Enter what others have entered last, where it is new."""
@@ -171,23 +182,14 @@ class Own:
                 seen.add(user)
             self._enter(part[begin:])
 
-    def _needed(self, entries: Ints, horizon: int) -> NDArray[np.bool_]:
-        """Entries after the horizon, and of each user the newest until then."""
-        late = self._log["round"][entries] > horizon
-        early = np.flatnonzero(~late)[::-1]
-        _, first = np.unique(self._log["user"][entries[early]], return_index=True)
-        late[early[first]] = True
-        return late
-
     def _read(self, path: Path) -> None:
         try:
             data = path.read_bytes()
         except OSError as fault:
             raise StateError(f"{path}: {fault.strerror}") from fault
-        whole = len(data) // self._kind.itemsize * self._kind.itemsize
-        if whole < len(data):  # killed while it wrote
-            os.truncate(path, whole)
+        whole = len(data) // self._kind.itemsize * self._kind.itemsize  # killed while it wrote, the last may be cut
         self._enter_all(np.frombuffer(data[:whole], dtype=self._kind))
+        self._reopened = True
 
 
 def recalled(device_own: Own, context: Context, users: range) -> Own:
@@ -198,10 +200,9 @@ def recalled(device_own: Own, context: Context, users: range) -> Own:
     return own
 
 
-def remember(own: Own, context: Context, users: range, experiment: Experiment) -> None:
-    """Write it into the context's state, which Flower keeps from round to round; as far back as a resume may reach."""
-    runtime = experiment.runtime
-    context.state[RECORD] = own.record(users, runtime.checkpoint_every * (runtime.checkpoints + 1))
+def remember(own: Own, context: Context, users: range) -> None:
+    """Write it into the context's state, which Flower keeps from round to round."""
+    context.state[RECORD] = own.record(users)
 
 
 def own_of(experiment: Experiment, first: int, users: int, rows: int, path: Path | None = None) -> Own | None:

@@ -57,6 +57,8 @@ class Updates:
         own: Kept | None = None,
     ):
         self._experiment, self._weights, self._round, self._clip = experiment, weights, round_, clip
+        if experiment.federation.on_device and own is None:
+            raise ValueError("federation.on_device: what these users keep is not told, and would be sent")
         self._kept = own
         self._shared, self._own = problems
         trained = self._own.windows.trained  # (C, S)
@@ -86,6 +88,8 @@ class Updates:
         if self._sum is not None:
             return np.ones(len(self.users), dtype=bool)
         sound: NDArray[np.bool_] = np.isfinite(self.losses) & (self.norms <= LARGEST)  # NaN is not at most anything
+        if self._kept is not None:  # so is what stays
+            sound &= torch.linalg.vector_norm(self.kept, dim=1).numpy() <= LARGEST
         return sound
 
     @property

@@ -54,16 +54,18 @@ def personal(
         return mine
     patterns = tuple(dict.fromkeys((*kept, *tuning.parameters)))
     columns = kept_columns(experiment.model, patterns)
-    start = weights.body.expand(len(users), -1) if mine is None else mine.bodies(experiment, weights.body, users)
+    start = weights.body[columns].repeat(len(users), 1)  # (C, K)
+    if mine is not None:
+        start[:, torch.isin(columns, kept_columns(experiment.model, kept))] = mine.kept.values
     local = LocalConfig(steps=tuning.steps, predict=experiment.federation.local.predict)
     local = local.model_copy(update={"lr": 0.0})  # all other parameters stay where they are
     changed = {"local": local, "on_device": patterns, "on_device_lr": tuning.lr}
     federation = experiment.federation.model_copy(update=changed)
     copy = experiment.model_copy(update={"federation": federation, "privacy": NoPrivacy()})
-    values = torch.empty(len(users), len(columns))
+    values = start.clone()
     order = {user: i for i, user in enumerate(users.tolist())}
-    for trained in train(copy, weights, sequences, users, AFTERWARDS, own=Kept(users, start[:, columns])):
+    for trained in train(copy, weights, sequences, users, AFTERWARDS, own=Kept(users, start)):
         here = torch.tensor([order[user] for user in trained.users.tolist()])
         # Whose training comes to nothing is recommended to as before.
-        values[here] = torch.where(trained.kept.isfinite().all(1, keepdim=True), trained.kept, start[here][:, columns])
+        values[here] = torch.where(trained.kept.isfinite().all(1, keepdim=True), trained.kept, start[here])
     return Personal(patterns, Kept(users, values))

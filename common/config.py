@@ -176,6 +176,9 @@ class EvaluationConfig(Section):
     """Also rank against so many sampled negatives, printed apart as `hr@10|s99`; for old comparisons only."""
     fine_tune: FineTuning | None = None
     """Also rank with weights that each device has fine-tuned for its user; figures are printed apart, `|personal`."""
+    new_place: Annotated[int, Field(ge=2)] | None = None
+    """With `data.cold`: in tests and recommendations the best item that training never saw stands at this place at the
+    latest; all of them are lifted by so much. With `null` they stand where their scores put them."""
     privacy: Literal["noised", "public-holdout", "unaccounted"] = "noised"
     """Under a privacy mode, what metrics may look at. `noised`: one noised histogram of ranks per ranking, paid for.
     `public-holdout`: users who never train. `unaccounted`: as they are; for simulations only, and marked so."""
@@ -237,10 +240,21 @@ class Experiment(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     """Engine, threads, memory."""
 
+    @property
+    def told_as_is(self) -> bool:
+        """Whether ranks and raw events may be looked at beside what a privacy mode releases."""
+        return self.privacy.kind == "none" or self.evaluation.privacy == "unaccounted"
+
     @model_validator(mode="after")
     def _items_are_known(self) -> "Experiment":
         if self.model.items != "own" and not self.data.features.columns:
             raise ValueError(f"model.items {self.model.items} needs data.features.columns: what is known of items")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_new(self) -> "Experiment":
+        if self.evaluation.new_place is not None and not self.data.cold:
+            raise ValueError("evaluation.new_place is for items that training never saw; data.cold says how many")
         return self
 
     @model_validator(mode="after")
@@ -253,9 +267,10 @@ class Experiment(Section):
             for pattern in patterns:
                 if fnmatchcase(ITEM_TABLE, pattern):
                     raise ValueError(f"{key}: {pattern!r} takes in the item table, which all share")
-            if patterns and not any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+            idle = [each for each in patterns if not any(fnmatchcase(name, each) for name in names)]
+            if idle and (key == "federation.on_device" or len(idle) == len(patterns)):  # what stays is a promise
                 known = ", ".join(names)
-                raise ValueError(f"{key}: none of {', '.join(patterns)} names a parameter; there are {known}")
+                raise ValueError(f"{key}: {', '.join(idle)} names no parameter; there are {known}")
         device = on_device(self.privacy)
         if self.federation.on_device and device is not None:
             raise ValueError(f"privacy.kind {device.kind} knows no federation.on_device; leave one of them away")

@@ -100,11 +100,16 @@ def serve(
     Interrupted
         Where `stopping` said so; a checkpoint of the last round is in the folder.
     StateError
-        Where the checkpoint is unusable or nothing can be written.
+        Where the checkpoint is unusable or nothing can be written; where a run would go on whose devices have
+        forgotten what stays with them.
     """
     terms = experiment.federation.replies
     roster = Roster.discover(grid, experiment_hash(experiment), terms.wait, terms.quorum, terms.deadline)
     state = _start(experiment, roster, folder, resume)
+    if state.round and experiment.federation.on_device and roster.online is not None:
+        raise StateError(
+            "federation.on_device: to Flower a resumed run is another one, of which devices keep nothing; start anew"
+        )
     curator = curator_of(experiment, roster.population, roster.items, folder)
     curator.clip = state.clip or curator.clip
     curator.replayed(state.round)
@@ -256,11 +261,14 @@ def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str,
     began = time.perf_counter()
     ranks, lost = _rank(grid, strategy, state.round, "validation")
     figures = strategy.quality(ranks, state.round)
+    # Where parameters stay on devices nobody uses the model without them.
+    kept = bool(strategy.experiment.federation.on_device)
+    chosen = f"{SELECT}|personal" if kept and f"{SELECT}|personal" in figures else SELECT
     if lost > 1 - strategy.experiment.federation.replies.quorum + 1e-9 and not strategy.curator.noised:
         pass
-    elif figures[SELECT] > state.best_value:
+    elif figures[chosen] > state.best_value:
         state.best = Weights(*(part.clone() for part in state.weights))
-        state.best_round, state.best_value, state.stale = state.round, figures[SELECT], 0
+        state.best_round, state.best_value, state.stale = state.round, figures[chosen], 0
     else:
         state.stale += 1
     users = int(np.isfinite(ranks.full).sum()) if strategy.curator.tells_all else strategy.asked

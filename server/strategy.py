@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from common.config import Experiment, experiment_hash
 from common.errors import StateError
 from common.metrics import Ranking, point
+from common.models.personal import kept_columns
 from common.models.weights import Weights
 from common.timing import phase
 from common.wire import METRICS, MODEL, RANKS, ROUND, number, pack, payload_bytes, record, whole_number
@@ -93,6 +94,8 @@ class FederatedRanking(Strategy):
             update, told = self.curator.mean(server_round, good, self.weights)
         if update is not None:
             with phase("stepping"):
+                # Noise, and whatever somebody sends there, shall not move what everybody keeps.
+                update.body[kept_columns(self.experiment.model, federation.on_device)] = 0
                 self.optimizer.step(update)
         metrics: dict[str, MetricRecordValues] = {**told}
         if self.curator.tells_all:

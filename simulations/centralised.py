@@ -134,7 +134,12 @@ def test_ranks(experiment: Experiment, model: SASRec, sequences: Sequences) -> N
     with torch.no_grad():
         for user in range(len(sequences)):
             place, start = int(sequences.test[user]), int(sequences.offsets[user])
-            if place <= start:
+            if place < start:
+                continue
+            if place == start:  # nothing is known: all items of the domain tie
+                own = sequences.domains
+                rivals = model.item.num_embeddings if own is None else int((own == own[sequences.items[place]]).sum())
+                ranks[user] = (rivals + 1) / 2
                 continue
             history = torch.from_numpy(sequences.items[start:place].astype(np.int64))
             places = np.arange(max(start, place - model.longest), place)[None]

@@ -105,6 +105,8 @@ def require_known(experiment: Experiment) -> None:
         raise UsageError(f"loss.kind={experiment.loss.kind}: certified are {' and '.join(centralised.LOSSES)}")
     if experiment.model.items != "own":
         raise UsageError(f"model.items={experiment.model.items}: certified are vectors of items' own")
+    if experiment.model.personal:
+        raise UsageError("model.personal: the centralised loop knows one model for all; certify without it")
     if experiment.data.cold:
         raise UsageError("data.cold: the centralised loop knows all items; certify without it")
 
@@ -115,8 +117,8 @@ def parity_mode(experiment: Experiment) -> Experiment:
     if experiment.federation.optimizer.kind != "fedadam":
         adam = {"kind": "fedadam"}
     local = {"steps": 1, "lr": 1.0} | experiment.federation.local.model_dump(include={"window", "predict"})
-    federation = {"rounds": ROUNDS, "weighting": "events", "local": local, "optimizer": adam}
-    evaluation = {"every": ROUNDS, "patience": None, "users": None, "test_users": None}
+    federation = {"rounds": ROUNDS, "weighting": "events", "local": local, "optimizer": adam, "on_device": []}
+    evaluation = {"every": ROUNDS, "patience": None, "users": None, "test_users": None, "fine_tune": None}
     return altered(experiment, federation=federation, evaluation=evaluation, privacy={"kind": "none"})
 
 

@@ -28,6 +28,8 @@ def evaluate(
     """Rank every user's held-out item with a finished run's model."""
     if split not in {"validation", "test"}:
         raise UsageError(f"--split {split}: must be validation or test")
+    if explanations and ranks:
+        raise UsageError("--explanations measures explanations; write --ranks without it")
     part: Literal["validation", "test"] = "validation" if split == "validation" else "test"
     if explanations is not None:
         from simulations.inference import Trained
@@ -70,6 +72,10 @@ def recommend(
         raise UsageError("name --user ID, --history ITEM,ITEM,… or --watch; one of the three")
     if watch and (explained or picture):
         raise UsageError("--watch answers at once; explain with --user or --history")
+    if picture:
+        from simulations.heatmap import require_picture
+
+        require_picture(picture)
     from simulations.inference import Trained
 
     trained = Trained(folder)

@@ -51,7 +51,8 @@ def reasons(trained: Trained, person: Person, items: list[dict[str, Any]]) -> li
     often = past.pick(torch.zeros(len(items), dtype=torch.int64))
     found = explain(experiment.model, person.weights, often, targets, mixture)
     events = past.items[0, : int(past.lengths[0])].tolist()
-    named = _features(found, catalogue.folder, catalogue.items) if found.parts is not None else {}
+    own = catalogue.items if experiment.model.items == "both" else 0
+    named = _features(found, catalogue.folder, own) if found.parts is not None else {}
     told = []
     for row, item in enumerate(items):
         because = []
@@ -63,13 +64,12 @@ def reasons(trained: Trained, person: Person, items: list[dict[str, Any]]) -> li
     return told
 
 
-def _features(found: Explanation, folder: Path, items: int) -> dict[int, list[dict[str, Any]]]:
+def _features(found: Explanation, folder: Path, own: int) -> dict[int, list[dict[str, Any]]]:
     """The features of past events that speak most for each explained item."""
     if found.parts is None:
         return {}
     names = np.array(row_names(folder))
-    own = int(found.parts.rows.max()) + 1 > len(names)  # rows of items come first, where there are such
-    rows = found.parts.rows.numpy() - (items if own else 0)
+    rows = found.parts.rows.numpy() - own  # rows of items come first, where there are such
     batch, values = found.parts.events[:, 0].numpy(), found.parts.values.numpy()
     told: dict[int, list[dict[str, Any]]] = {}
     for row in range(len(found.combined)):

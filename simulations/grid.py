@@ -9,7 +9,7 @@ Flower keeps some of what a Grid needs to itself; the private names that we touc
 
 from collections.abc import Callable, Iterable, Sequence
 
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict, UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -20,6 +20,7 @@ from client.device import PARTITION, Device
 from client.handlers import HANDLERS
 from client.own import recalled, remember
 from common.errors import StateError
+from common.wire import ROUND, record
 
 FIRST_NODE = 2
 """Node of user 0; Flower's SuperLink is node 1."""
@@ -124,11 +125,15 @@ class InProcessGrid(Grid):
         own, user = self._device.own, message.metadata.dst_node_id - FIRST_NODE
         try:
             if own is not None:  # what Flower would keep, here in the run's folder
-                remember(own, context, range(user, user + 1), self._device.experiment)
+                if message.metadata.message_type == "train":
+                    own.begin(int(str(record(message.content, ROUND, ConfigRecord)["round"])))
+                remember(own, context, range(user, user + 1))
             reply = client_app(message, context)
             if own is not None and message.metadata.message_type == "train":
                 own.take_over(recalled(own, context, range(user, user + 1)))
             return reply
+        except StateError:  # of the machine, such as a full disk; no client's
+            raise
         except Exception as fault:
             return _broken(message, fault)
 

@@ -47,8 +47,7 @@ def heat_map(path: Path, titles: Sequence[str], recommendations: Sequence[str], 
     StateError
         Where the file cannot be written.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{path}: a heat map is a {' or a '.join(SUFFIXES)} file; name one of these")
+    require_picture(path)
     values = _checked(importance, len(recommendations), len(titles))[:_ITEMS, -_EVENTS:]
     columns, rows = ([_short(name) for name in names] for names in (titles[-_EVENTS:], recommendations[:_ITEMS]))
     try:
@@ -68,6 +67,14 @@ def heat_map(path: Path, titles: Sequence[str], recommendations: Sequence[str], 
         _draw(figure, rows, columns, values)
         kind = path.suffix.lower()[1:]
         figure.savefig(temporary, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+
+
+def require_picture(path: Path) -> None:
+    """Refuse a path that no heat map can be written to, before anything is computed; errors as in `heat_map`."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: a heat map is a {' or a '.join(SUFFIXES)} file; name one of these")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"{path}: cannot be a file; name one in a folder that exists")
 
 
 def bars(console: Console, titles: Sequence[str], importance: ArrayLike, heading: str, width: int = 24) -> None:

@@ -13,6 +13,8 @@ import torch
 from client.device import Device
 from client.evaluation import final_scores, mask_seen, of_items, rank, scores
 from client.facts import assumed
+from client.newcomers import lifted
+from client.own import OWN_FILE
 from client.past import Past, past_of
 from client.tuning import Personal, personal
 from common.data.prepare import prepare
@@ -20,6 +22,7 @@ from common.data.sequences import Ints, Split
 from common.errors import StateError, UsageError
 from common.files import atomic
 from common.metrics import Ranks, coverage, long_tail_share, ndcg, summarise, worst_tenth
+from common.models.personal import Kept
 from common.models.weights import Weights
 from server.checkpoint import load_model
 from server.curator import curator as curator_of
@@ -70,12 +73,40 @@ class Trained:
         """The same, its table that of the items' vectors ``(I, D)``."""
         return of_items(self.device.experiment, self.weights, self.device.sequences)
 
+    @property
+    def judges(self) -> Ints:
+        """Users that the run's test looked at.
+
+        Raises
+        ------
+        UsageError
+            Where the run's privacy mode lets figures be released with noise only.
+        """
+        experiment = self.device.experiment
+        if not experiment.told_as_is and experiment.evaluation.privacy == "noised":
+            raise UsageError(
+                f"{self.folder}: its figures are released with noise only, as result.json has them; ranks as they are "
+                "would be another release. A simulation may set evaluation.privacy=unaccounted"
+            )
+        return curator_of(experiment, len(self.device.sequences), self.device.catalogue.items).judges("test", 0)
+
+    def kept(self, users: Ints) -> Kept | None:
+        """What stayed on these users' devices until the round that was chosen.
+
+        Raises
+        ------
+        StateError
+            Where the run directory does not have it.
+        """
+        if self.device.own is None:
+            return None
+        if not (self.folder / OWN_FILE).exists():
+            raise StateError(f"{self.folder}: what stays with users is on their devices; it has no {OWN_FILE}")
+        return self.device.own.before(users, (rundir.result(self.folder) or {})["best_round"] + 1)
+
     def person(self, users: Ints) -> Personal | None:
         """What these users have of their own: what stays on their devices, or is fine-tuned there."""
-        experiment, own = self.device.experiment, self.device.own
-        best = (rundir.result(self.folder) or {})["best_round"]
-        kept = None if own is None else own.before(users, best + 1)
-        return personal(experiment, self.weights, self.device.sequences, users, kept)
+        return personal(self.device.experiment, self.weights, self.device.sequences, users, self.kept(users))
 
     def known(self, user_id: str) -> Person:
         """Somebody in the data, with all of its events.
@@ -121,7 +152,7 @@ class Trained:
         with torch.no_grad():
             scored = final_scores(self.device.experiment.model, built, past.items, past.lengths, past.moments)[0]
         scored[torch.from_numpy(person.seen)] = -torch.inf
-        return self._top(scored, k)
+        return self._top(lifted(self.device.experiment, scored.unsqueeze(0))[0], k)
 
     def for_user(self, user_id: str, k: int) -> list[dict[str, Any]]:
         """Top k for somebody in the data; errors as in `known`."""
@@ -136,6 +167,7 @@ class Trained:
         best = np.full((len(users), k), -1, dtype=np.int64)
         for here, scored in scores(self.device.experiment, self.weights, self.device.sequences, users, stops):
             masked = mask_seen(scored, self.device.sequences, users[here], stops[here])
+            masked = lifted(self.device.experiment, masked)
             top = masked.topk(min(k, masked.shape[1]))
             best[here, : top.indices.shape[1]] = torch.where(top.values.isneginf(), -1, top.indices).numpy()
         return best
@@ -181,15 +213,10 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
         raise UsageError(f"{ranks_file}: cannot be a file; name one in a folder that exists")
     trained = Trained(folder)
     device, experiment = trained.device, trained.device.experiment
-    if experiment.privacy.kind != "none" and experiment.evaluation.privacy == "noised":
-        raise UsageError(
-            f"{folder}: its figures are released with noise only, as result.json has them; ranks as they are would be "
-            "another release. A simulation may set evaluation.privacy=unaccounted"
-        )
-    everybody = np.arange(len(device.sequences))
-    users = curator_of(experiment, len(everybody), device.catalogue.items).judges("test", 0)
-    full = np.full(len(everybody), np.nan)
-    full[users] = rank(experiment, trained.weights, device.sequences, users, split).full
+    users, everybody = trained.judges, np.arange(len(device.sequences))
+    full, personal = (np.full(len(everybody), np.nan) for _ in range(2))
+    found = rank(experiment, trained.weights, device.sequences, users, split, trained.kept(users))
+    full[users], personal[users] = found.full, found.personal
     held = np.flatnonzero(np.isfinite(full))
     if ranks_file:
         ids = device.sequences.user_ids()
@@ -200,6 +227,9 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
     popularity = np.bincount(train_items, minlength=device.catalogue.items)
     cutoffs = sorted({10, *experiment.evaluation.cutoffs})
     figures = summarise(full, cutoffs, experiment.evaluation.resamples, experiment.seed)
+    if np.isfinite(personal).any():
+        more = summarise(personal, cutoffs, experiment.evaluation.resamples, experiment.seed)
+        figures |= {f"{name}|personal": figure for name, figure in more.items()}
     return {
         "run_dir": str(folder),
         "split": split,

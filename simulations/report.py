@@ -19,6 +19,7 @@ _PARTS = {
     "personal": "With what stays on each device, and is fine-tuned there",
     "cold": "Users whose last item no training has seen; by chance HR@10 would be ten in the catalogue",
     "warm": "All other users",
+    "new": "Users whose last item no training has seen, ranked among such items alone: a shelf of what is new",
 }
 """Figures beside the main ones, by how their names go on."""
 _SAMPLED = re.compile(r"s\d+")

@@ -21,21 +21,24 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from client.device import Device
+from client.evaluation import shelf_ranks
+from client.own import OWN_FILE
 from common.config import Experiment
 from common.data.holdout import cold_items, concerning
 from common.data.prepare import bad_rows, prepare
+from common.errors import StateError
 from common.files import locked, write_json
 from common.memory import keep_freed_memory
 from common.metrics import Estimate, summarise
+from server.checkpoint import found
 from server.journal import read
-from server.rounds import Outcome, serve
+from server.rounds import CHECKPOINT_FILE, Outcome, serve
 from simulations import rundir
 from simulations.baselines import baseline_ranks
 from simulations.engines import play
 from simulations.progress import watching
 
-
-RESERVED = re.compile(r"s\d+|cold|warm|personal")
+RESERVED = re.compile(r"s\d+|cold|warm|new|personal")
 """Marks of other figures, which a domain of that name does not take over."""
 
 
@@ -72,6 +75,9 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
         began = time.perf_counter()
         data = prepare(experiment.data)
         device = Device.open(experiment, data, folder)
+        local = device.own is not None and experiment.runtime.engine != "ray"  # whose contexts Flower keeps
+        if resume and local and not (folder / OWN_FILE).exists() and found(folder / CHECKPOINT_FILE):
+            raise StateError(f"{folder / OWN_FILE}: is gone, and with it what stays with users; start a new run")
         if left_out := bad_rows(data):
             console.print(left_out, highlight=False)
         if resume and (folder / rundir.MANIFEST).exists():
@@ -98,13 +104,15 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         return {name + suffix: Estimate._asdict(figure) for name, figure in estimates.items()}
 
     full, sampled, personal = outcome.test
-    if told_as_is(experiment):
+    if experiment.told_as_is:
         test = figures(full) | (figures(sampled, f"|s{evaluation.sampled}") if evaluation.sampled else {})
         if np.isfinite(personal).any():
             test |= figures(personal, "|personal")
         cold = cold_targets(experiment, device) if experiment.data.cold else None
         if cold is not None:
+            shelf = shelf_ranks(experiment, outcome.weights, device.sequences, np.flatnonzero(cold))
             test |= figures(np.where(cold, full, np.nan), "|cold") | figures(np.where(cold, np.nan, full), "|warm")
+            test |= figures(shelf, "|new")
         for name, inside in domain_targets(device).items():
             mark = f"domain {name}" if RESERVED.fullmatch(name) else name
             test |= figures(np.where(inside, full, np.nan), f"|{mark}")
@@ -148,11 +156,6 @@ def domain_targets(device: Device) -> dict[str, NDArray[np.bool_]]:
     _, targets = device.sequences.stops(np.arange(len(device.sequences)), "test")
     found = np.where(targets >= 0, device.sequences.domains[np.maximum(targets, 0)], -1)
     return {name: found == number for number, name in enumerate(device.sequences.domain_names)}
-
-
-def told_as_is(experiment: Experiment) -> bool:
-    """Whether ranks and raw events may be looked at beside what a privacy mode releases."""
-    return experiment.privacy.kind == "none" or experiment.evaluation.privacy == "unaccounted"
 
 
 def _phases(trained: list[dict[str, Any]]) -> dict[str, float]:

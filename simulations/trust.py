@@ -15,6 +15,7 @@ from client.explaining import attention, ends, integrated_gradients
 from client.faithfulness import faithfulness
 from client.past import past_of
 from common.data.sequences import Split
+from common.errors import UsageError
 from common.seeding import generator
 from simulations.inference import Trained
 
@@ -49,12 +50,19 @@ def trust(trained: Trained, split: Split, users: int) -> dict[str, Any]:
     -------
     dict
         As `client.faithfulness.faithfulness`: ``gradients``, ``attention`` (where there is any), ``combined``,
-        ``recent`` and ``random``.
+        ``recent`` and ``random``; of the global model, whatever stays on devices.
+
+    Raises
+    ------
+    UsageError
+        Where there is nobody, or the run's privacy mode lets no such figures be told.
     """
     device, experiment = trained.device, trained.device.experiment
-    everybody = np.arange(len(device.sequences))
-    stops, targets = device.sequences.stops(everybody, split)
-    held = everybody[targets >= 0]
+    judges, stops = trained.judges, np.zeros(len(device.sequences), dtype=np.int64)
+    stops[judges], targets = device.sequences.stops(judges, split)
+    held = judges[(targets >= 0) & (stops[judges] > device.sequences.starts(judges))]
+    if not len(held):
+        raise UsageError(f"{trained.folder}: nobody has a {split} event and a history before it; nothing to explain")
     some = np.sort(generator(experiment.seed, "explained-users").permutation(held)[:users])
     first = torch.zeros(len(some), dtype=torch.int64)
     for where, scored in scores(experiment, trained.weights, device.sequences, some, stops[some]):

@@ -38,9 +38,12 @@ class Watch:
         How many items an answer has at most.
     users : int
         How many people to remember, at least 1.
+    target : str, optional
+        Behaviour that is predicted; items of other events may be recommended.
     """
 
-    def __init__(self, catalogue: Catalogue, session: Session, k: int, users: int = USERS):
+    def __init__(self, catalogue: Catalogue, session: Session, k: int, users: int = USERS, target: str | None = None):
+        self._target = target
         self._catalogue, self._session, self._k, self._users = catalogue, session, k, users
         self._sessions: OrderedDict[str | None, Session] = OrderedDict()
         self._ids, self._titles = catalogue.item_ids(), catalogue.titles()
@@ -88,7 +91,10 @@ class Watch:
         if reset:
             self._sessions.pop(who, None)
         session = self._of(who)
+        again = item in session.seen
         scored = session.append(item, **told)
+        if not again and self._target not in (None, event.get("behaviour", self._target)):
+            session.seen.discard(item)
         scored[list(session.seen)] = -torch.inf
         best = scored.topk(min(self._k, len(scored)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -148,7 +154,9 @@ def watch(trained: Trained, lines: Iterable[str], k: int, out: TextIO, users: in
     device = trained.device
     session = Session(device.experiment.model, trained.built)
     fitting = max(1, device.experiment.runtime.memory_mb * 2**20 // session.nbytes)
-    watching = Watch(device.catalogue, session, k, min(users, fitting))
+    sequences = device.sequences
+    target = sequences.behaviour_names[sequences.target] if sequences.target >= 0 else None
+    watching = Watch(device.catalogue, session, k, min(users, fitting), target)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

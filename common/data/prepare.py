@@ -94,6 +94,10 @@ def intact(folder: Path) -> bool:
             return False
         for name in manifest["extras"]:
             disk.load_array(folder, name, len(items))
+        if "behaviours" in manifest["extras"]:
+            codes = disk.load_array(folder, "behaviours", len(items))
+            if len(codes) and not (codes.min() >= 0 and codes.max() < len(manifest["behaviours"])):
+                return False
         if "domains" in manifest:
             disk.load_array(folder, disk.DOMAINS, manifest["kept"]["items"])
         for name in (disk.USERS, disk.CATALOGUE):

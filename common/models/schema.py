@@ -85,6 +85,12 @@ class BehaviourInput(Section):
     names: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of all behaviours of the data, as in its column."""
 
+    @model_validator(mode="after")
+    def _once(self) -> "BehaviourInput":
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("names of behaviours repeat; name each once")
+        return self
+
 
 class RatingInput(Section):
     """A rating, by a place between two vectors; none counts as nothing."""

@@ -133,9 +133,10 @@ def test_lines_of_a_run():
 def test_the_outcome():
     outcome, _ = run(setup())
     assert outcome.rounds == 8
-    full, sampled = outcome.test
+    full, sampled, personal = outcome.test
     assert np.isnan(full).tolist() == [len(history) < 3 for history in HISTORIES]
     assert np.isnan(sampled).all()
+    assert np.isnan(personal).all()
     assert all(torch.isfinite(part).all() for part in outcome.weights)
 
 

@@ -5,7 +5,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from common.config import experiment_hash
-from common.metrics import point
+from common.metrics import Ranking, point
 from common.wire import METRICS, MODEL, ROUND, unpack
 from server.roster import Roster
 from server.sampling import cohort, some_users
@@ -82,10 +82,12 @@ def test_what_a_round_costs_a_client():
 
 def test_ranks_by_user():
     strategy = made(evaluation={"sampled": 5})
-    replies = [rank_reply(3, rank=2.5, rank_sampled=1.0), rank_reply(0, rank=9.0), rank_reply(1), rank_reply(2, rank=1)]
-    full, sampled = strategy.ranks(replies)
+    first = rank_reply(0, rank=9.0, rank_personal=4.0)
+    replies = [rank_reply(3, rank=2.5, rank_sampled=1.0), first, rank_reply(1), rank_reply(2, rank=1)]
+    full, sampled, personal = strategy.ranks(replies)
     np.testing.assert_array_equal(full, [9, np.nan, 1, 2.5] + [np.nan] * 8)
     np.testing.assert_array_equal(sampled, [np.nan] * 3 + [1] + [np.nan] * 8)
+    np.testing.assert_array_equal(personal, [4] + [np.nan] * 11)
 
 
 BAD = {
@@ -107,27 +109,31 @@ BAD = {
 @pytest.mark.parametrize("fault", BAD)
 def test_an_impossible_reply_is_no_rank(fault):
     strategy = made(evaluation={"sampled": 5})
-    full, sampled = strategy.ranks([rank_reply(0, rank=2.0, rank_sampled=2.0), BAD[fault]()])
+    full, sampled, personal = strategy.ranks([rank_reply(0, rank=2.0, rank_sampled=2.0), BAD[fault]()])
     np.testing.assert_array_equal(full, [2] + [np.nan] * 11)
     np.testing.assert_array_equal(sampled, [2] + [np.nan] * 11)
+    assert np.isnan(personal).all()
 
 
 @pytest.mark.parametrize("value", [0.5, -1.0, 0, float("nan"), float("inf"), ITEMS + 1.0, [1.0]])
 def test_an_impossible_sampled_rank_does_not_end_the_run(value):
     strategy = made(evaluation={"sampled": 5})
-    ranks = strategy.ranks([rank_reply(0, rank=2.0, rank_sampled=value)])
-    assert ranks[0][0] == 2
-    assert np.isnan(ranks[1]).all()
+    ranks = strategy.ranks([rank_reply(0, rank=2.0, rank_sampled=value, rank_personal=value)])
+    assert ranks.full[0] == 2
+    assert np.isnan(ranks.sampled).all()
+    assert np.isnan(ranks.personal).all()
     assert np.isnan(strategy.quality(ranks, 1)["hr@10|s5"])
 
 
 def test_quality():
     strategy = made(evaluation={"cutoffs": (1, 3), "sampled": 5})
-    full, sampled = np.array([1.0, 2.0, np.nan]), np.array([1.0, 1.0, np.nan])
-    figures = strategy.quality((full, sampled), 1)
+    full, sampled, none = np.array([1.0, 2.0, np.nan]), np.array([1.0, 1.0, np.nan]), np.full(3, np.nan)
+    figures = strategy.quality(Ranking(full, sampled, none), 1)
     assert figures == point(full, [1, 3, 10]) | {f"{k}|s5": v for k, v in point(sampled, [1, 3, 10]).items()}
     assert (figures["hr@1"], figures["hr@1|s5"]) == (0.5, 1)
-    assert "hr@10|s5" not in made().quality((full, sampled), 1)
+    assert "hr@10|s5" not in made().quality(Ranking(full, sampled, none), 1)
+    personal = strategy.quality(Ranking(full, sampled, sampled), 1)
+    assert personal == figures | {f"{k}|personal": v for k, v in point(sampled, [1, 3, 10]).items()}
 
 
 def test_evaluation_without_ranks_says_nothing():

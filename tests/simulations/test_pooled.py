@@ -51,7 +51,8 @@ def test_validation_chooses_and_patience_ends_it(monkeypatch, ranks, steps, best
     found = iter([*ranks, *[1] * 9])
 
     def ranker(experiment, weights, sequences, users, split):
-        return Ranking(np.full(len(users), float(next(found))), np.full(len(users), np.nan))
+        none = np.full(len(users), np.nan)
+        return Ranking(np.full(len(users), float(next(found))), none, none)
 
     monkeypatch.setattr(pooled, "rank", ranker)
     result = pooled.train(setup(every=1 if steps < 8 else 2, patience=3))

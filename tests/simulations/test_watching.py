@@ -25,6 +25,8 @@ from tests.support.processes import TINY
 TITLES = ["Heat (1995)", "Up, Up (2009)", "Alien (1979)", "Aliens (1986)", "Big", "big", None, "7 Samurai", "Ärger"]
 ITEMS = 20
 
+SEQUENCES = SimpleNamespace(target=-1, behaviour_names=())
+
 
 def catalogue(titles=True):
     ids = [f"i{n}" for n in range(ITEMS)]
@@ -39,7 +41,9 @@ def asked(lines, k=10, users=watching.USERS, memory_mb=1024, titles=True, **mode
     experiment = world.experiment(model=model)
     experiment = experiment.model_copy(update={"runtime": SimpleNamespace(memory_mb=memory_mb)})
     weights = world.weights(experiment.model, ITEMS)
-    trained = SimpleNamespace(device=SimpleNamespace(experiment=experiment, catalogue=catalogue(titles)), built=weights)
+    trained = SimpleNamespace(
+        device=SimpleNamespace(experiment=experiment, catalogue=catalogue(titles), sequences=SEQUENCES), built=weights
+    )
     out = io.StringIO()
     watch(trained, (line if isinstance(line, str) else json.dumps(line) for line in lines), k, out, users)
     assert out.getvalue().count("\n") == len(out.getvalue().splitlines())
@@ -228,7 +232,7 @@ def test_an_answer_is_out_before_the_next_line_is_read():
             yield json.dumps({"item": f"i{n}"})
 
     experiment = world.experiment()
-    device = SimpleNamespace(experiment=experiment, catalogue=catalogue())
+    device = SimpleNamespace(experiment=experiment, catalogue=catalogue(), sequences=SEQUENCES)
     watch(SimpleNamespace(device=device, built=world.weights(experiment.model, ITEMS)), lines(), 3, Out())
     assert flushed == [1, 2, 3]
 
@@ -247,3 +251,19 @@ def test_a_finished_run_recommends_what_it_does_to_a_history(tmp_path: Path):
         assert [item["item"] for item in items] == [item["item"] for item in by_history]
         scores = [item["score"] for item in by_history]
         assert [item["score"] for item in items] == pytest.approx(scores, abs=2e-4)
+
+
+def test_what_was_merely_looked_at_may_be_recommended():
+    """Where purchases are predicted."""
+    experiment = world.experiment(model={"inputs": [{"kind": "behaviour", "names": ["buy", "view"]}]})
+    session = Session(experiment.model, world.weights(experiment.model, ITEMS))
+    watching = Watch(catalogue(), session, ITEMS, target="buy")
+
+    def left_out(item, behaviour):
+        items = watching.answer(json.dumps({"item": item, "behaviour": behaviour}))["items"]
+        return {f"i{n}" for n in range(ITEMS)} - {each["item"] for each in items}
+
+    assert left_out("i3", "view") == set()
+    assert left_out("i4", "buy") == {"i4"}
+    assert left_out("i4", "view") == {"i4"}
+    assert left_out("i3", "buy") == {"i3", "i4"}
