@@ -226,9 +226,7 @@ def naive_round(device: Device, model: SASRec, optimizer: Optimizer, users: Ints
         mine = copy.deepcopy(model)
         sgd = torch.optim.SGD(mine.parameters(), lr=local.lr)
         for _ in range(local.steps or 1):
-            sgd.zero_grad()
-            centralised.loss(experiment, mine, sequences, users[users == user], number).backward()
-            sgd.step()
+            centralised.train_step(experiment, mine, sgd, sequences, users[users == user], number)
         with torch.no_grad():
             for part, here, there in zip(total, mine.parameters(), model.parameters(), strict=True):
                 part.add_(here - there, alpha=weight)

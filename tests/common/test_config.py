@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from common import config, sources
+from common import config, loss, sources
 from common.config import Experiment, digest, experiment_hash
 from common.loading import dump, load, parse
 from common.wording import json_schema
@@ -196,10 +196,10 @@ data = st.one_of(
     st.builds(sources.SyntheticData, kind=st.just("synthetic"), seed=count, follow=share, users=count),
 )
 losses = st.one_of(
-    st.just(config.SoftmaxLoss(kind="softmax")),
-    st.just(config.BCELoss(kind="bce")),
-    st.builds(config.GBCELoss, kind=st.just("gbce"), negatives=count, calibration=share),
-    st.builds(config.SampledSoftmaxLoss, kind=st.just("sampled-softmax"), negatives=count),
+    st.just(loss.SoftmaxLoss(kind="softmax")),
+    st.just(loss.BCELoss(kind="bce")),
+    st.builds(loss.GBCELoss, kind=st.just("gbce"), negatives=count, calibration=share),
+    st.builds(loss.SampledSoftmaxLoss, kind=st.just("sampled-softmax"), negatives=count),
 )
 optimizers = st.one_of(
     st.builds(config.FedAvg, kind=st.just("fedavg"), lr=rate),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common import config, loading
+from common import loading, loss
 from common.errors import ConfigError, UsageError
 from common.loading import load, parse
 from common.wording import json_schema
@@ -171,13 +171,13 @@ GBCE = MINIMAL + "loss: {kind: gbce, negatives: 7, calibration: 0.1}\n"
 @pytest.mark.parametrize(
     ("overrides", "loss"),
     [
-        (["loss.negatives=9"], config.GBCELoss(kind="gbce", negatives=9, calibration=0.1)),
-        (["loss.kind=gbce"], config.GBCELoss(kind="gbce", negatives=7, calibration=0.1)),
-        (["loss.kind=softmax"], config.SoftmaxLoss(kind="softmax")),
-        (["loss.kind=sampled-softmax"], config.SampledSoftmaxLoss(kind="sampled-softmax")),
+        (["loss.negatives=9"], loss.GBCELoss(kind="gbce", negatives=9, calibration=0.1)),
+        (["loss.kind=gbce"], loss.GBCELoss(kind="gbce", negatives=7, calibration=0.1)),
+        (["loss.kind=softmax"], loss.SoftmaxLoss(kind="softmax")),
+        (["loss.kind=sampled-softmax"], loss.SampledSoftmaxLoss(kind="sampled-softmax")),
         (["loss.negatives=9", "loss.kind=bce", "loss.kind=sampled-softmax"],
-         config.SampledSoftmaxLoss(kind="sampled-softmax", negatives=9)),
-        (["loss.negatives=8", "loss.negatives=9"], config.GBCELoss(kind="gbce", negatives=9, calibration=0.1)),
+         loss.SampledSoftmaxLoss(kind="sampled-softmax", negatives=9)),
+        (["loss.negatives=8", "loss.negatives=9"], loss.GBCELoss(kind="gbce", negatives=9, calibration=0.1)),
     ],
 )  # fmt: skip
 def test_a_new_kind_starts_its_section_afresh(overrides, loss):
