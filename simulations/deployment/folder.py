@@ -156,7 +156,7 @@ def check(data: Path, catalogue: str | None = None) -> Catalogue:
         raise DataError(f"{data}: its catalogue is {version}, that of the deployment is {catalogue}; {anew}")
     if not len(own):
         raise DataError(f"{data}: holds no users, so this node has nobody to train for; {anew}")
-    if not len(own.items):
+    if not own.offsets[-1]:
         raise DataError(f"{data}: holds no events, so this node has nothing to train on; {anew}")
     if (np.diff(own.offsets) < 0).any():
         raise DataError(f"{data}: offsets.npy does not ascend, so events are nobody's; {anew}")

@@ -27,7 +27,7 @@ def drawn(experiment, histories, users=None, round_=1, step=0, held_out=False):
     users = np.arange(len(histories)) if users is None else np.array(users)
     data = world.sequences(histories, held_out)
     owner, problem = examples.draw(experiment, data, users, ITEMS, round_, step)
-    names, events, lengths, _ = problem.windows
+    names, events, lengths, *_ = problem.windows
     places = names // (experiment.federation.local.steps or 1) - users[owner] * SEGMENTS
     found = zip(users[owner].tolist(), places.tolist(), events[:, 0].tolist(), lengths[:, 0].tolist(), strict=True)
     return {(user, place): row[:length] for user, place, row, length in found}

@@ -169,8 +169,8 @@ def test_one_user_whose_numbers_break_does_not_change_the_others(loss, monkeypat
     whole, noise = alone.updates(experiment, HISTORIES), alone.updates(experiment, NOBODY)
     real = training.own_gradients
 
-    def wrong(*given):
-        tables, parts, losses = real(*given)
+    def wrong(*given, **more):
+        tables, parts, losses = real(*given, **more)
         for table in tables:
             table[given[3].windows.users == 3] = torch.nan
         return tables, parts, losses

@@ -265,7 +265,7 @@ def spoilt(monkeypatch):
 def unmasked(monkeypatch):
     """Clients rank what a user had already, too."""
 
-    def ranks(scored, sequences, users, stops, targets):
+    def ranks(scored, sequences, users, stops, targets, placed=None):
         return evaluation.target_ranks(scored, torch.from_numpy(targets))
 
     monkeypatch.setattr(evaluation, "held_out_ranks", ranks)

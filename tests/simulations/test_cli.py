@@ -243,7 +243,7 @@ def test_download_says_its_terms(place):
 
 
 def test_names_that_have_commas_stand_in_quotes():
-    from simulations.cli import _quoted
+    from simulations.cli_ask import _quoted
 
     assert _quoted('"Heat, The (1995)", 7 ,,5') == ["Heat, The (1995)", "7", "5"]
     assert _quoted(" ") == []

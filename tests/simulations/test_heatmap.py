@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from common.errors import StateError, UsageError
+from common.errors import UsageError
 from simulations.heatmap import bars, heat_map
 
 PAST = ["Heat (1995)", "Up, Up (2009)", "Alien (1979)"]
@@ -129,7 +129,7 @@ def test_what_cannot_be_drawn(drawn, tmp_path, monkeypatch):
             drawn(values=values)
     with pytest.raises(UsageError, match="at least one"):
         drawn(past=[], values=np.zeros((2, 0)))
-    with pytest.raises(StateError, match="no such file or folder"):
+    with pytest.raises(UsageError, match="name one in a folder that exists"):
         drawn("nowhere/map.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"pip install 'hushrec\[explain\]'"):
