@@ -242,6 +242,6 @@ def test_forged_sampled_ranks_leave_the_full_ones():
         reply_of(RecordDict({METRICS: assembled(NO_METRICS, facts)}), user, "evaluate")
         for user, facts in enumerate(said)
     ]
-    full, sampled = strategy.ranks(replies)
+    full, sampled, _ = strategy.ranks(replies)
     assert full[: len(said)].tolist() == [2.0] * len(said)
     assert np.isnan(sampled).all()
