@@ -9,28 +9,35 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from client.evaluation import mask_seen, scores
 from client.explaining import attention, ends, integrated_gradients
 from client.faithfulness import faithfulness
-from client.past import past_of
+from client.past import Past, past_of
 from common.data.sequences import Split
 from common.errors import UsageError
 from common.seeding import generator
+from simulations.causes import known_causes
 from simulations.inference import Trained
 
 STEPS = 32
 """Of integrated gradients."""
 _NAMES = {
-    "combined": "combined, as --explain shows it",
+    "combined": "combined (shown)",
     "gradients": "integrated gradients",
     "attention": "attention rollout",
-    "recent": "the latest events first",
+    "recent": "the latest first",
     "random": "at random",
 }
 _MEANING = (
     "Events are taken away, or put in, most important first; the area under the curve of the first recommendation's "
-    "log-probability, less that of the whole history. Deletion: the lower, the better; insertion: the higher."
+    "log-probability, less that of the whole history. Deletion: the lower, the better; insertion: the higher. "
+    "Loss: how much of it goes with the first 1, 3 and 5. Combined is what --explain shows."
+)
+_CAUSES = (
+    "Cause: the event that did cause the next one, which these synthetic data know, is among the three that "
+    "explain it best: of {users:,} users, the share. Who knows the law of the data finds {law:.3f}."
 )
 
 
@@ -50,7 +57,8 @@ def trust(trained: Trained, split: Split, users: int) -> dict[str, Any]:
     -------
     dict
         As `client.faithfulness.faithfulness`: ``gradients``, ``attention`` (where there is any), ``combined``,
-        ``recent`` and ``random``; of the global model, whatever stays on devices.
+        ``recent`` and ``random``; of the global model, whatever stays on devices. And ``causes``, as
+        `simulations.causes.known_causes`.
 
     Raises
     ------
@@ -69,30 +77,39 @@ def trust(trained: Trained, split: Split, users: int) -> dict[str, Any]:
         masked = mask_seen(scored, device.sequences, some[where], stops[some][where])
         first[torch.from_numpy(where)] = masked.argmax(1)
     model, made = experiment.model, trained.built
+
+    def explain(past: Past, items: Tensor) -> dict[str, Tensor]:
+        importances = {
+            "combined": ends(model, made, past, items),
+            "gradients": integrated_gradients(model, made, past, items, STEPS).events,
+            "attention": attention(model, made, past, items),
+            "recent": torch.arange(past.items.shape[1]).float().expand(len(items), -1),
+        }
+        return {name: values for name, values in importances.items() if values is not None}
+
     past = past_of(model, device.sequences, some, stops[some])
-    importances = {
-        "combined": ends(model, made, past, first),
-        "gradients": integrated_gradients(model, made, past, first, STEPS).events,
-        "attention": attention(model, made, past, first),
-        "recent": torch.arange(past.items.shape[1]).float().expand(len(some), -1),
-    }
-    told = {name: values for name, values in importances.items() if values is not None}
-    return faithfulness(model, made, past, first, told, experiment.seed)
+    found = faithfulness(model, made, past, first, explain(past, first), experiment.seed)
+    return found | {"causes": known_causes(trained, split, some, explain)}
 
 
 def render(console: Console, found: dict[str, Any]) -> None:
     """Print what `trust` found."""
+    causes = found["causes"] and found["causes"]["found"]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("importance", "deletion", "insertion", "drop without 1, 3, 5"):
+    for name in ("importance", "deletion", "insertion", "loss at 1, 3, 5", *(["cause"] if causes else [])):
         table.add_column(name, justify="left" if name == "importance" else "right")
     for name, title in _NAMES.items():
         if name in found["deletion"]:
             drops = (found["drop"][name][k] for k in (0, 2, 4))
             figures = " ".join("–" if drop is None else f"{drop:.2f}" for drop in drops)
-            table.add_row(title, f"{found['deletion'][name]:.3f}", f"{found['insertion'][name]:.3f}", figures)
+            share = [f"{causes['chance' if name == 'random' else name]:.3f}"] if causes else []
+            areas = (f"{found[area][name]:.3f}" for area in ("deletion", "insertion"))
+            table.add_row(title, *areas, figures, *share)
     console.print(Padding(Text(f"Explanations of the first recommendation, {found['users']:,} users", "bold"), (0, 1)))
     console.print(table)
-    best = found["best"]
+    best, lines = found["best"], [(_MEANING, "dim")]
+    if causes:
+        lines.append((_CAUSES.format(users=found["causes"]["users"], law=causes["law"]), "dim"))
     verdict = f"Most faithful: {_NAMES[best['deletion']]} by deletion, {_NAMES[best['insertion']]} by insertion."
-    for line, style in ((verdict, "bold"), (_MEANING, "dim")):
+    for line, style in ((verdict, "bold"), *lines):
         console.print(Padding(Text(line, style), (0, 1, 1, 1)))

@@ -100,10 +100,7 @@ class Law:
         """
         rows, width = histories.shape
         items = len(self.popularity)
-        back = lengths[:, None] - np.arange(width)  # (n, L): 1 = the last event
-        weight = np.where((back >= 1) & (back <= self.reach), self.config.recency ** np.maximum(back - 1.0, 0.0), 0.0)
-        total = weight.sum(axis=1, keepdims=True)
-        weight /= np.maximum(total, np.finfo(np.float64).tiny)
+        weight, total = self._recency(lengths, width)
         row, column = np.nonzero(weight)
         cause, weight = histories[row, column], weight[row, column]
 
@@ -118,9 +115,38 @@ class Law:
         ).reshape(rows, items)
         caused = follow * following + (1 - follow) * liking[:, self.interest] * self.inside
         scores: Floats = noise * self.popularity + (1 - noise) * caused
-        row, column = np.nonzero(back >= 1)
+        row, column = np.nonzero(np.arange(width) < lengths[:, None])
         scores[row, histories[row, column]] = 0.0
         return scores
+
+    def blame(self, histories: Ints, lengths: Ints, following: Ints) -> Floats:
+        """Probability of every event to be the cause of the next item, up to a factor per row.
+
+        Parameters
+        ----------
+        histories, lengths
+            As in `scores`.
+        following : (n,) int64
+            The item that came next.
+
+        Returns
+        -------
+        (n, L) float64
+            0 where an event cannot be the cause.
+        """
+        weight, _ = self._recency(lengths, histories.shape[1])
+        goal = following[:, None]
+        follow = (self.weights[histories] * (self.successors[histories] == goal[..., None])).sum(-1)
+        inside = np.where(self.interest[histories] == self.interest[goal], self.inside[goal], 0.0)
+        chances: Floats = weight * (self.config.follow * follow + (1 - self.config.follow) * inside)
+        return chances
+
+    def _recency(self, lengths: Ints, width: int) -> tuple[Floats, Floats]:
+        """Probability of every place to be the cause, before the next item is seen, (n, L); the weights' sum (n, 1)."""
+        back = lengths[:, None] - np.arange(width)  # 1 = the last event
+        weight = np.where((back >= 1) & (back <= self.reach), self.config.recency ** np.maximum(back - 1.0, 0.0), 0.0)
+        total = weight.sum(axis=1, keepdims=True)
+        return weight / np.maximum(total, np.finfo(np.float64).tiny), total
 
 
 def _successors(interest: Ints, count: int, rng: np.random.Generator) -> tuple[Ints, Floats]:

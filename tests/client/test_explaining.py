@@ -7,7 +7,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from client import explaining, faithfulness
 from client.evaluation import final_scores
@@ -15,13 +14,9 @@ from client.explaining import attention, ends, explain, integrated_gradients, ro
 from client.faithfulness import faithfulness as measured
 from client.past import Past, log_probability, past_of
 from common.errors import UsageError
-from common.loading import parse
 from common.models.inputs import Moments
 from common.models.items import Mixture
 from common.models.weights import Weights
-from simulations import rundir
-from simulations.inference import Trained
-from simulations.runner import run
 from tests.client.test_kinds import KINDS
 from tests.support import world
 
@@ -318,47 +313,3 @@ def test_nothing_to_measure():
     config, weights, _ = setup()
     with pytest.raises(UsageError, match="two events"):
         measured(config, weights, past([[1], [2]], timed=False), GOALS[:2], {}, 0)
-
-
-# --- known causes -----------------------------------------------------------------------------------------------------
-
-SMALL = """
-name: small
-data: {kind: synthetic, users: 1000, items: 120, interests: 6, mean_length: 14, max_length: 30}
-model: {dim: 32, blocks: 1, heads: 2, dropout: 0.1, max_length: 30}
-federation: {rounds: 60, cohort: 128, local: {steps: 1, lr: 1.0}, optimizer: {kind: fedadam, lr: 0.01}}
-evaluation: {every: 60}
-"""
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    experiment = parse(SMALL)
-    folder = rundir.create(experiment, tmp_path_factory.mktemp("explained") / "run")
-    run(experiment, folder, Console(quiet=True))
-    return Trained(folder)
-
-
-@needs_captum
-def test_known_causes_are_found(trained):
-    """Given its item, the event that caused the test event is among the three most important ones."""
-    config, data = trained.device.experiment.model, trained.device.sequences
-    users = np.arange(len(data))
-    stops, goals = data.stops(users, "test")
-    cause = np.where(goals >= 0, np.load(data.folder / "causes.npy")[data.test], -1)
-    some = np.flatnonzero((cause >= 0) & (stops - data.starts(users) >= 6))[:400]
-    here, goals = past_of(config, data, users[some], stops[some]), torch.from_numpy(goals[some])
-    cause = torch.from_numpy(cause[some].astype(np.int64)).unsqueeze(1)
-    assert here.items.shape[1] < config.max_length, "histories are whole, and causes lie in them"
-
-    def found(importance):
-        top = importance.masked_fill(~here.real, -torch.inf).topk(3).indices
-        return float((top == cause).any(1).float().mean())
-
-    explanation = explain(config, trained.weights, here, goals, steps=16)
-    chance = float((3 / here.lengths).mean())
-    shares = {name: found(getattr(explanation, name)) for name in ("attention", "gradients", "combined")}
-    assert shares["combined"] > 0.7, shares
-    assert min(shares.values()) > chance + 0.1, (shares, chance)
-    result = measured(config, trained.weights, here, goals, {"combined": explanation.combined}, 0, draws=2, grid=4)
-    assert result["beats_random"] == ["combined"]
