@@ -5,6 +5,7 @@ one each user has a table of its own, of the rows that it touches itself. With f
 catalogue.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -138,11 +139,11 @@ def _posed(
     real: NDArray[np.bool_] = np.arange(w + 1) < lengths[..., None]  # (C, S, W + 1)
     if loss.kind == "bce":
         negatives = np.zeros(0, dtype=np.int64)
-        drawn = uniform_integers(experiment.seed, "private-negatives", round_, users, s * w, catalogue)
+        drawn = _private_negatives(
+            experiment.seed, round_, users, events[..., 1:].reshape(c, s * w), catalogue, domains
+        )
         own: NDArray[np.bool_] = membership(owner, trained, drawn, catalogue).reshape(c, s, w, 1)
         own |= np.isin(drawn, cold).reshape(own.shape)
-        if domains is not None:
-            own |= (domains[drawn].reshape(c, s, w) != domains[events[..., 1:]])[..., None]
         items = np.concatenate([events, drawn.reshape(c, s, w)], axis=-1)  # (C, S, 2W + 1)
         real = np.concatenate([real, real[..., 1:]], axis=-1)
     else:
@@ -167,6 +168,19 @@ def _posed(
     rows = np.concatenate([negatives, others]) if n + len(others) else np.zeros(1, dtype=np.int64)  # padding needs one
     facts = chunk, touched.counts, n, catalogue, torch.from_numpy(np.where(own, -np.inf, 0).astype(np.float32))
     return _numbered(rows, common, *facts), _numbered(touched.rows, touched.local, *facts)
+
+
+def _private_negatives(
+    seed: int, round_: int, users: Ints, goals: Ints, catalogue: int, domains: NDArray[np.int8] | None
+) -> Ints:
+    """One negative for each of the users' next items ``(C, n)``: any item, or any of that item's domain."""
+    draw = partial(uniform_integers, seed, "private-negatives", round_, users, goals.shape[1])
+    if domains is None:
+        return draw(catalogue)
+    size, order = np.bincount(domains), np.argsort(domains, kind="stable")
+    first, here = np.cumsum(size) - size, domains[goals]
+    drawn: Ints = order[first[here] + draw(1 << 62) % size[here]]
+    return drawn
 
 
 def _numbered(

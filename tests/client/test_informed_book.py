@@ -75,13 +75,15 @@ def of_each_position(experiment, model, sequences, user, step):
         return torch.zeros(())
     scores = model(items[None, :-1], masks, known)[0] @ model.item.weight.T
     bought = {item for item, how in zip(HISTORIES[user], BEHAVIOURS[USERS_OF[user]], strict=True) if how == BUY}
-    private = uniform_integers(experiment.seed, "private-negatives", step, [user], n, ITEMS)[0].tolist()
+    high = ITEMS if sequences.domains is None else 2**62  # then it is a number among those of the item's domain
+    private = uniform_integers(experiment.seed, "private-negatives", step, [user], n, high)[0].tolist()
     shared, total = shared_negatives(experiment.loss, experiment.seed, step, ITEMS).tolist(), 0
     for at in wanted:
         goal, logits = int(items[at + 1]), scores[at]
         abroad = set() if sequences.domains is None else set(np.flatnonzero(DOMAINS[goal] != DOMAINS).tolist())
         logits = logits.index_fill(0, torch.tensor([*abroad], dtype=torch.int64), -torch.inf)
-        negatives = private[at : at + 1] if experiment.loss.kind == "bce" else shared
+        kin = [item for item in range(ITEMS) if item not in abroad]
+        negatives = [kin[private[at] % len(kin)]] if experiment.loss.kind == "bce" else shared
         total = total + position_loss(experiment.loss, logits, goal, negatives, bought | abroad)
     return total / len(wanted)
 
