@@ -21,6 +21,7 @@ from common.models.scoring import history, score_all, score_each
 from common.models.weights import Weights, initialise, named
 from common.seeding import keep_mask, uniform_bits, uniform_integers
 from tests.support import records, reference, world
+from tests.support.kinds import KINDS
 
 ITEMS, LONGEST, ROUND = 24, 11, 5  # two widths of windows, 8 and 11; a third of the items is among the negatives
 LENGTHS = [0, 1, 2, 3, 9, 10, 12, 14, 23]  # the longer ones repeat items; the first two have no target
@@ -35,26 +36,6 @@ def timed(sequences):
 DATA = timed(world.sequences(HISTORIES, held_out=False))
 EVERYBODY = np.arange(len(HISTORIES))
 TARGETS = EVERYBODY[2:]  # who has something to train on
-ATTENTION = {
-    "scaled-dot-product": {},
-    "dot-product": {},
-    "additive": {},
-    "time-aware": {"buckets": 30},
-    "local": {"window": 3},
-    "top-k": {"k": 2},
-    "entmax-1.5": {},
-    "linear": {},
-}
-KINDS = {kind: {"attention": {"kind": kind, **own}} for kind, own in ATTENTION.items()} | {
-    "time-aware, linear": {"attention": {"kind": "time-aware", "buckets": 5, "scale": "linear"}},
-    "recency": {"position": "recency", "attention": {"kind": "additive"}},
-    "gru-attention": {"encoder": "gru-attention"},
-    "cnn-attention": {"encoder": "cnn-attention"},
-    "gru": {"encoder": "gru"},
-    "target": {"head": "target"},
-    "target, time-aware": {"head": "target", "attention": {"kind": "time-aware", "buckets": 30}},
-    "target, gru": {"head": "target", "encoder": "gru"},
-}
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 EACH = pytest.mark.parametrize(("kind", "loss"), [*product(KINDS, world.LOSSES)])
 

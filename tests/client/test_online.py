@@ -16,18 +16,9 @@ from common.models.last import buckets_of_last, weights_of_last
 from common.models.mixing import interval_buckets
 from common.models.schema import ModelConfig, TimeAware
 from tests.support import world
+from tests.support.kinds import ATTENTION
 
 ITEMS, LONGEST, CLOSE = 20, 7, 1e-5
-ATTENTION = {
-    "scaled-dot-product": {},
-    "dot-product": {},
-    "additive": {},
-    "time-aware": {"buckets": 30},
-    "local": {"window": 3},
-    "top-k": {"k": 3},
-    "entmax-1.5": {},
-    "linear": {},
-}
 ENCODERS = ("attention", "gru-attention", "cnn-attention", "gru")
 INPUTS = [
     {"kind": "behaviour", "names": ["view", "buy"]},

@@ -18,28 +18,12 @@ from common.models.scoring import history, score_all, score_each, score_last
 from common.models.shapes import ITEM_TABLE, parameter_shapes
 from common.models.weights import body_size, initialise, named
 from tests.support import world
+from tests.support.kinds import ATTENTION, ENCODERS
 
-ATTENTION = {
-    "scaled-dot-product": {},
-    "dot-product": {},
-    "additive": {},
-    "time-aware": {"buckets": 30},
-    "local": {"window": 3},
-    "top-k": {"k": 2},
-    "entmax-1.5": {},
-    "linear": {},
-}
-KINDS = {kind: {"attention": {"kind": kind, **own}} for kind, own in ATTENTION.items()} | {
-    "time-aware, linear": {"attention": {"kind": "time-aware", "buckets": 5, "scale": "linear"}},
-    "recency": {"position": "recency", "attention": {"kind": "top-k", "k": 2}},
-    "gru-attention": {"encoder": "gru-attention"},
-    "cnn-attention": {"encoder": "cnn-attention"},
-    "gru": {"encoder": "gru"},
-}
 HEADS = "dot-product", "target"
 CONFIGS = [
     pytest.param({**kind, "heads": heads}, id=f"{name}-{heads}")
-    for (name, kind), heads in product(KINDS.items(), (1, 2))
+    for (name, kind), heads in product(ENCODERS.items(), (1, 2))
 ]
 EACH = pytest.mark.parametrize("kind", CONFIGS)
 EACH_HEAD = pytest.mark.parametrize("head", HEADS)
@@ -232,7 +216,7 @@ def test_each_mechanism_is_here():
     kinds = {get_args(section.model_fields["kind"].annotation)[0] for section in get_args(get_args(AttentionConfig)[0])}
     assert kinds == set(MECHANISMS) == set(ATTENTION)
     fields = ModelConfig.model_fields
-    encoders = {kind.get("encoder", "attention") for kind in KINDS.values()}
+    encoders = {kind.get("encoder", "attention") for kind in ENCODERS.values()}
     assert encoders == set(get_args(fields["encoder"].annotation))
     assert set(HEADS) == set(get_args(fields["head"].annotation))
 
@@ -275,9 +259,9 @@ def test_the_convolution_is_torchs(users, kernel):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_recency_needs_scores_to_bias(kind):
-    config = {**KINDS[kind], "position": "recency"}
+    config = {**ENCODERS[kind], "position": "recency"}
     if kind in {"local", "linear", "gru"}:
         with pytest.raises(ValueError, match=f"position recency .* {kind}.* position learned"):
             model(config)
@@ -291,13 +275,13 @@ def test_recency_is_no_matter_for_attention_that_a_gru_does_not_have():
     assert not model({"encoder": "gru", "attention": {"kind": "time-aware"}}).timed
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "target"])
+@pytest.mark.parametrize("kind", [*ENCODERS, "target"])
 @pytest.mark.parametrize("curator", [False, True])
 def test_examples_are_protected_in_the_plain_model_only(kind, curator):
     device = {"kind": "example-level", "noise_multiplier": 1.0, "segment": 4}
     server = {"kind": "user-level", "noise_multiplier": 1.0, "on_device": device}
     sections = {
-        "model": KINDS.get(kind, {"head": "target"}),
+        "model": ENCODERS.get(kind, {"head": "target"}),
         "federation": {"weighting": "uniform", "sampling": "poisson"},
         "privacy": server if curator else device,
         "evaluation": {"privacy": "unaccounted"},
