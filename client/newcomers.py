@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from common.config import Experiment
-from common.data.holdout import cold_items
+from common.data.holdout import cold_of
 
 
 def new_items(experiment: Experiment, catalogue: int) -> Tensor:
     """Their catalogue indices, ascending, ``(n,)`` int64."""
-    return torch.tensor(cold_items(catalogue, experiment.data.cold, 0))
+    return torch.tensor(cold_of(experiment.data, catalogue))
 
 
 def lifted(experiment: Experiment, scored: Tensor) -> Tensor:

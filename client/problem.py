@@ -16,7 +16,7 @@ from torch import Tensor
 from client.batches import Windows
 from client.rows import Ints, localise, membership
 from common.config import Experiment
-from common.data.holdout import cold_items
+from common.data.holdout import cold_of
 from common.data.sequences import Sequences
 from common.loss import LossConfig
 from common.models.items import Mixture
@@ -103,7 +103,7 @@ def pose(
         return both
     scored = domains
     if experiment.loss.kind != "softmax":
-        cold = cold_items(catalogue, experiment.data.cold, 0)
+        cold = cold_of(experiment.data, catalogue)
         scored = domains[shared_negatives(experiment.loss, experiment.seed, round_, catalogue, cold)]
     apart = torch.from_numpy(domains[chunk.events[..., 1:]]), torch.tensor(scored)
     shared, stacked = (problem._replace(domains=apart) for problem in both)
@@ -121,7 +121,7 @@ def _posed(
     domains: NDArray[np.int8] | None,
 ) -> tuple[Problem, Problem]:
     loss, (users, events, lengths, *_) = experiment.loss, chunk
-    cold = cold_items(catalogue, experiment.data.cold, 0)  # in training there are no such items
+    cold = cold_of(experiment.data, catalogue)  # in training there are no such items
     c, s, w = events.shape[0], events.shape[1], events.shape[2] - 1
     if loss.kind == "softmax":
         barred = None

@@ -49,6 +49,8 @@ class _Prepared(Section):
     cold: Share = 0.0
     """Share of the items that are held out of all training: they may only be somebody's last event, to measure how well
     items are recommended that nobody has touched."""
+    cold_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Which items these are; another draw of them is another data set."""
 
     @property
     def many_domains(self) -> bool:

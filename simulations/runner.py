@@ -24,7 +24,7 @@ from client.device import Device
 from client.evaluation import shelf_ranks
 from client.own import OWN_FILE
 from common.config import Experiment
-from common.data.holdout import cold_items, concerning
+from common.data.holdout import cold_of, concerning
 from common.data.prepare import bad_rows, prepare
 from common.errors import StateError
 from common.files import locked, write_json
@@ -146,7 +146,7 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
 def cold_targets(experiment: Experiment, device: Device) -> NDArray[np.bool_]:
     """Whose test item no training has seen (see `data.cold`), ``(N,)``."""
     _, targets = device.sequences.stops(np.arange(len(device.sequences)), "test")
-    return concerning(targets, cold_items(device.catalogue.items, experiment.data.cold, 0))
+    return concerning(targets, cold_of(experiment.data, device.catalogue.items))
 
 
 def domain_targets(device: Device) -> dict[str, NDArray[np.bool_]]:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.seeding import generator
+from common.sources import DataConfig
 
 Ints = NDArray[np.int64]
 
@@ -25,7 +26,7 @@ def cold_items(catalogue_size: int, share: float, seed: int) -> Ints:
     share : float
         Share of them that is held out, in [0, 1); the number is rounded, halves upwards.
     seed : int
-        The experiment's seed. Every node draws the same items; a larger share holds out those of a smaller one, too.
+        Every node draws the same items; a larger share holds out those of a smaller one, too.
 
     Returns
     -------
@@ -41,6 +42,11 @@ def cold_items(catalogue_size: int, share: float, seed: int) -> Ints:
         raise ValueError(f"share must be in [0, 1), not {share}")
     number = cold_count(catalogue_size, share)
     return _drawn(catalogue_size, number, seed)
+
+
+def cold_of(data: DataConfig, catalogue_size: int) -> Ints:
+    """The items that a data section (`cold`, `cold_seed`) holds out of training."""
+    return cold_items(catalogue_size, data.cold, data.cold_seed)
 
 
 @lru_cache(maxsize=4)
@@ -60,7 +66,7 @@ def concerning(items: NDArray[np.integer], cold: Ints) -> NDArray[np.bool_]:
     items : (E,) integers
         Items of the events.
     cold : (n,) int64
-        From `cold_items`.
+        From `cold_of`.
 
     Returns
     -------

@@ -15,7 +15,7 @@ from common.data import attributes, itemrows, readers, rules, synthetic
 from common.data import folder as disk
 from common.data.catalogue import Catalogue
 from common.data.heldout import hold_out
-from common.data.holdout import cold_items
+from common.data.holdout import cold_of
 from common.data.sequences import Sequences
 from common.errors import DataError
 from common.files import sha256, write_json
@@ -133,7 +133,7 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     numbers = catalogue.select("item", pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
     frame = frame.join(numbers, on="item", how="left", maintain_order="left")
     if config.cold:
-        frame = _without_cold(frame, cold_items(catalogue.height, config.cold, 0))
+        frame = _without_cold(frame, cold_of(config, catalogue.height))
     lengths = frame.group_by("user", maintain_order=True).len()
 
     arrays = {

@@ -140,7 +140,7 @@ def mixture_of(experiment: Experiment, folder: Path, round_: int | None = None) 
     Parameters
     ----------
     experiment : Experiment
-        `model.items`, `model.own_dropout`, `data.cold`, seed.
+        `model.items`, `model.own_dropout`, `data.cold`, `data.cold_seed`, seed.
     folder : Path
         The prepared folder.
     round_ : int, optional
@@ -153,8 +153,9 @@ def mixture_of(experiment: Experiment, folder: Path, round_: int | None = None) 
     """
     if experiment.model.items == "own":
         return None
-    cold = experiment.data.cold if experiment.model.items == "both" else None
-    made = _mixture(folder, cold, experiment.model.fusion)
+    data = experiment.data
+    own = (data.cold, data.cold_seed) if experiment.model.items == "both" else None
+    made = _mixture(folder, own, experiment.model.fusion)
     if round_ is None or made.own is None or not experiment.model.own_dropout:
         return made
     coins = generator(experiment.seed, "own-rows", round_).random((made.items, 1))
@@ -162,17 +163,17 @@ def mixture_of(experiment: Experiment, folder: Path, round_: int | None = None) 
 
 
 @lru_cache(maxsize=4)
-def _mixture(folder: Path, cold: float | None, fusion: str) -> Mixture:
-    """With own rows, but for those of so large a share of cold items; or with none."""
+def _mixture(folder: Path, own_but: tuple[float, int] | None, fusion: str) -> Mixture:
+    """With own rows, but for those of cold items (their share and seed); or with none."""
     known = itemrows.load(folder)
     if known is None:
         raise itemrows.unknown_features(folder)
     items = len(known.offsets) - 1
     owners, ends = np.repeat(np.arange(items), np.diff(known.offsets)), np.cumsum((0, *known.groups))
     own = None
-    if cold is not None:
+    if own_but is not None:
         own = torch.ones(items, 1)
-        own[torch.tensor(cold_items(items, cold, 0))] = 0  # of which nothing but features will ever be learnt
+        own[torch.tensor(cold_items(items, *own_but))] = 0  # of which nothing but features will ever be learnt
 
     def pair(begin: int, end: int) -> tuple[Tensor, Tensor]:
         here = (known.rows >= begin) & (known.rows < end)

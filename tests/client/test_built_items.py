@@ -7,6 +7,7 @@ import torch
 from client.cohort import train
 from client.device import Device
 from client.evaluation import of_items, rank, scores
+from client.newcomers import new_items
 from client.problem import shared_negatives
 from common.config import Experiment
 from common.data import folder as disk
@@ -36,13 +37,13 @@ def files(tmp_path_factory):
     return folder
 
 
-def setup(files, items="both", loss="softmax", *, cold=0.0, local=None, **model):
+def setup(files, items="both", loss="softmax", *, cold=0.0, draw=0, local=None, **model):
     columns = [{"kind": "categorical", "name": "kinds", "separator": "|"}, {"kind": "numeric", "name": "price"}]
-    about = {"source": str(files / "about.csv"), "columns": columns}
+    about, held = {"source": str(files / "about.csv"), "columns": columns}, {"cold": cold, "cold_seed": draw}
     return Experiment.model_validate(
         {
             "name": "built",
-            "data": {"kind": "table", "path": str(files / "events.csv"), "features": about, "cold": cold},
+            "data": {"kind": "table", "path": str(files / "events.csv"), "features": about, **held},
             "model": {"dim": 8, "blocks": 1, "heads": 2, "max_length": 6, "dropout": 0.1, "items": items, **model},
             "loss": world.LOSSES[loss],
             "federation": {"local": local or {"steps": 1, "lr": 0.5}, "weighting": "uniform"},
@@ -159,11 +160,13 @@ def test_own_rows_are_left_away_by_round_and_in_training_only(files):
 # --- new items --------------------------------------------------------------------------------------------------------
 
 
-def test_cold_items_are_somebodys_last_event_at_most(files):
-    experiment = setup(files, cold=0.3)
+@pytest.mark.parametrize("draw", [0, 5])
+def test_cold_items_are_somebodys_last_event_at_most(files, draw):
+    experiment = setup(files, cold=0.3, draw=draw)
     folder = prepare(experiment.data)
     sequences, items = Sequences.open(folder), Catalogue.open(folder).items
-    cold = cold_items(items, 0.3, 0)
+    cold = cold_items(items, 0.3, draw)
+    assert cold.tolist() == new_items(experiment, items).tolist() != cold_items(items, 0.3, 5 - draw).tolist()
     assert items == Catalogue.open(prepare(setup(files).data)).items
     for user in USERS:
         events = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
@@ -204,13 +207,15 @@ def test_what_is_left_of_a_short_history_is_warm(tmp_path):
 
 
 @EACH_LOSS
-def test_a_cold_item_leaves_no_trace_in_training(files, loss):
+@pytest.mark.parametrize("draw", [0, 5])
+def test_a_cold_item_leaves_no_trace_in_training(files, loss, draw):
     """It is no target and no negative, so its own row stays where it began."""
-    experiment = setup(files, "both", loss, cold=0.3)
+    experiment = setup(files, "both", loss, cold=0.3, draw=draw)
     items = Catalogue.open(prepare(experiment.data)).items
-    cold = torch.tensor(cold_items(items, 0.3, 0))
+    cold = torch.tensor(cold_items(items, 0.3, draw))
     warm = torch.ones(items, dtype=torch.bool)
     warm[cold] = False
+    assert torch.equal(mixture_of(experiment, prepare(experiment.data)).own.flatten().bool(), warm)
     for update in together(experiment).values():
         assert not update.table[:items][cold].any()
     assert any(update.table[:items][warm].any() for update in together(experiment).values())
