@@ -25,7 +25,7 @@ from common.data.prepare import prepare
 from common.data.sequences import Ints
 from common.errors import UsageError
 from common.memory import keep_freed_memory
-from common.models.weights import initialise, named
+from common.models.weights import initialise
 from common.privacy.schema import ExampleLevel, Local, UserLevel
 from server.roster import Roster
 from server.rounds import train_round
@@ -33,6 +33,7 @@ from server.sampling import cohort
 from server.strategy import FederatedRanking
 from simulations import centralised
 from simulations.centralised import SASRec
+from simulations.certify import initial_model
 from simulations.engines import play
 
 _MODES: dict[str, UserLevel | Local | ExampleLevel] = {
@@ -199,7 +200,7 @@ def _timed(play_round: Callable[[int], T]) -> Iterator[T]:
 def _plain(device: Device, engine: str) -> Iterator[float]:
     """Seconds of a `naive_round`, or of as many centralised mini-batch steps as a round has local steps."""
     experiment, sequences = device.experiment, device.sequences
-    model, steps = _model(device), experiment.federation.local.steps or 1
+    model, steps = initial_model(device), experiment.federation.local.steps or 1
     optimizer = centralised.adam(experiment, model)
 
     def play_round(number: int) -> float:
@@ -233,14 +234,6 @@ def naive_round(device: Device, model: SASRec, optimizer: Optimizer, users: Ints
     for part, change in zip(model.parameters(), total, strict=True):
         part.grad = -change
     optimizer.step()
-
-
-def _model(device: Device) -> SASRec:
-    experiment, items = device.experiment, device.catalogue.items
-    table, body = initialise(experiment.model, items, experiment.seed)
-    model = SASRec(experiment.model, items)
-    model.load_named({"item": table} | named(experiment.model, body))
-    return model
 
 
 def _peak_mb() -> float:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import Experiment
+from common.data.holdout import cold_of
 from common.data.sequences import Ints, Sequences
 from common.models.schema import BehaviourInput
 from common.seeding import generator, keep_mask, uniform_bits, uniform_integers
@@ -101,29 +102,31 @@ def loss(experiment: Experiment, model: SASRec, sequences: Sequences, users: Int
         shape = (len(users), width, model.sites, config.dim)
         bits = uniform_bits(experiment.seed, "dropout-0", step, users, int(np.prod(shape[1:])))
         masks = torch.from_numpy(keep_mask(bits, config.dropout)).view(shape)
-    hidden = model(window[:, :-1], masks, _known(experiment, sequences, places[:, :-1]))  # (B, L, D)
+    items, table = model.item.count, model.item()  # (I, D)
+    hidden = model(window[:, :-1], masks, _known(experiment, sequences, places[:, :-1]), table)  # (B, L, D)
     if sequences.target >= 0 and experiment.federation.local.predict == "target" and sequences.behaviours is not None:
         real &= torch.from_numpy(sequences.behaviours[places[:, 1:]] == sequences.target)
     came = window[:, 1:][real]  # (T,)
     if not len(came):
         return torch.zeros(())
-    domain = torch.zeros(model.item.num_embeddings) if sequences.domains is None else torch.tensor(sequences.domains)
+    domain = torch.zeros(items) if sequences.domains is None else torch.tensor(sequences.domains)
+    cold = cold_of(experiment.data, items)
     if experiment.loss.kind not in LOSSES:
         raise ValueError(f"the centralised loop knows {' and '.join(LOSSES)}, not {experiment.loss.kind}")
     if experiment.loss.kind == "softmax":
-        scores = model.score_all(hidden, real, model.item.weight)
+        scores = model.score_all(hidden, real, table).index_fill(1, torch.tensor(cold), -torch.inf)
         return F.cross_entropy(scores.masked_fill(domain != domain[came].unsqueeze(-1), -torch.inf), came)
-    items = model.item.num_embeddings
-    wanted = min(getattr(experiment.loss, "negatives", 0), items)
-    negatives = np.sort(generator(experiment.seed, "negatives", step).choice(items, wanted, replace=False))
+    warm = np.setdiff1d(np.arange(items), cold)
+    wanted = min(getattr(experiment.loss, "negatives", 0), len(warm))
+    negatives = np.sort(generator(experiment.seed, "negatives", step).choice(warm, wanted, replace=False))
     learnt = sequences.events if experiment.federation.local.predict == "all" else sequences.had
     owned, owner = learnt(users, stops)
     known = np.zeros((len(users), items), dtype=bool)
     known[owner, owned] = True
     allowed = torch.from_numpy(~known[:, negatives]).unsqueeze(1).expand(-1, width, -1)[real]  # (T, N)
-    positive = model.score_each(hidden, real, model.item(window[:, 1:]))  # (T,)
+    positive = model.score_each(hidden, real, F.embedding(window[:, 1:], table))  # (T,)
     allowed = allowed & (domain[torch.from_numpy(negatives)] == domain[came].unsqueeze(-1))
-    negative = model.score_all(hidden, real, model.item(torch.from_numpy(negatives))).masked_fill(~allowed, -torch.inf)
+    negative = model.score_all(hidden, real, table[torch.from_numpy(negatives)]).masked_fill(~allowed, -torch.inf)
     logits = torch.cat([positive.unsqueeze(-1), negative], -1)
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
 
@@ -132,19 +135,21 @@ def test_ranks(experiment: Experiment, model: SASRec, sequences: Sequences) -> N
     """Rank of every user's test item, one user at a time, NaN where there is none; ties at their expectation."""
     ranks = np.full(len(sequences), np.nan)
     with torch.no_grad():
+        table = model.item()  # (I, D)
         for user in range(len(sequences)):
             place, start = int(sequences.test[user]), int(sequences.offsets[user])
             if place < start:
                 continue
             if place == start:  # nothing is known: all items of the domain tie
                 own = sequences.domains
-                rivals = model.item.num_embeddings if own is None else int((own == own[sequences.items[place]]).sum())
+                rivals = model.item.count if own is None else int((own == own[sequences.items[place]]).sum())
                 ranks[user] = (rivals + 1) / 2
                 continue
             history = torch.from_numpy(sequences.items[start:place].astype(np.int64))
             places = np.arange(max(start, place - model.longest), place)[None]
-            hidden = model(history[None, -model.longest :], known=_known(experiment, sequences, places))[0]  # (L, D)
-            scores = model.score_last(hidden, model.item.weight)  # (I,)
+            known = _known(experiment, sequences, places)
+            hidden = model(history[None, -model.longest :], None, known, table)[0]  # (L, D)
+            scores = model.score_last(hidden, table)  # (I,)
             target = int(sequences.items[place])
             others = torch.ones(len(scores), dtype=torch.bool)
             others[history if sequences.target < 0 else history[sequences.targets(np.arange(start, place))]] = False

@@ -22,6 +22,8 @@ from torch import Tensor
 from client.accounts import Accounts
 from client.device import Device
 from common.config import Experiment, experiment_hash
+from common.data import itemrows
+from common.data.holdout import cold_of
 from common.data.prepare import prepare
 from common.data.sequences import Ints
 from common.errors import UsageError
@@ -38,6 +40,7 @@ from server.shard import Terms, admit
 from server.strategy import FederatedRanking
 from simulations import centralised
 from simulations.engines import play
+from simulations.reference_items import Items
 
 ROUNDS, WARM_UP, LOCAL_STEPS, COHORT = 50, 5, 5, 32
 """Rounds of (b) and (c); rounds before (a), local steps and users in it."""
@@ -79,7 +82,7 @@ def certify(experiment: Experiment, report: Report = lambda text: None) -> list[
     Raises
     ------
     UsageError
-        Where the centralised loop does not know the loss, or the vectors of items.
+        As `require_known`.
     """
     require_known(experiment)
     if experiment.runtime.threads:
@@ -99,16 +102,14 @@ def require_known(experiment: Experiment) -> None:
     Raises
     ------
     UsageError
-        Where that is the loss, the vectors of items, or that some are cold.
+        Where that is the loss, or what is left away or kept to oneself.
     """
     if experiment.loss.kind not in centralised.LOSSES:
         raise UsageError(f"loss.kind={experiment.loss.kind}: certified are {' and '.join(centralised.LOSSES)}")
-    if experiment.model.items != "own":
-        raise UsageError(f"model.items={experiment.model.items}: certified are vectors of items' own")
+    if experiment.model.own_dropout:
+        raise UsageError("model.own_dropout: the centralised loop leaves no rows away; certify without it")
     if experiment.model.personal:
         raise UsageError("model.personal: the centralised loop knows one model for all; certify without it")
-    if experiment.data.cold:
-        raise UsageError("data.cold: the centralised loop knows all items; certify without it")
 
 
 def parity_mode(experiment: Experiment) -> Experiment:
@@ -118,7 +119,8 @@ def parity_mode(experiment: Experiment) -> Experiment:
         adam = {"kind": "fedadam"}
     local = {"steps": 1, "lr": 1.0} | experiment.federation.local.model_dump(include={"window", "predict"})
     federation = {"rounds": ROUNDS, "weighting": "events", "local": local, "optimizer": adam, "on_device": []}
-    evaluation = {"every": ROUNDS, "patience": None, "users": None, "test_users": None, "fine_tune": None}
+    off = ("patience", "users", "test_users", "fine_tune", "new_place")
+    evaluation = {"every": ROUNDS, **dict.fromkeys(off)}
     return altered(experiment, federation=federation, evaluation=evaluation, privacy={"kind": "none"})
 
 
@@ -241,10 +243,11 @@ def _federated(device: Device) -> Outcome:
 
 
 def initial_model(device: Device) -> centralised.SASRec:
-    """The centralised loop's model with the initial weights of a federated run."""
+    """The centralised loop's model of an experiment, with the initial weights of a federated run."""
     experiment, items = device.experiment, device.catalogue.items
-    model = centralised.SASRec(experiment.model, items)
-    model.load_named(_by_name(initialise(experiment.model, items, experiment.seed), experiment))
+    known = None if experiment.model.items == "own" else itemrows.load(device.catalogue.folder)
+    model = centralised.SASRec(experiment.model, Items(experiment.model, items, known, cold_of(experiment.data, items)))
+    model.load_named(_by_name(initialise(experiment.model, device.rows, experiment.seed), experiment))
     return model
 
 

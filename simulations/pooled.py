@@ -43,7 +43,7 @@ def train(experiment: Experiment, report: Callable[[str], None] = lambda text: N
     Raises
     ------
     UsageError
-        Where the centralised loop does not know the loss, or the vectors of items.
+        As `simulations.certify.require_known`.
     """
     require_known(experiment)
     keep_freed_memory()

@@ -24,6 +24,7 @@ from common.models.schema import (
     TimeAware,
     TopK,
 )
+from simulations.reference_items import Items
 
 _GRU = {"weight": "weight_ih_l0", "bias": "bias_ih_l0", "recurrent": "weight_hh_l0", "recurrent_bias": "bias_hh_l0"}
 """Names that torch.nn.GRU has for the parameters of a front."""
@@ -202,14 +203,14 @@ class Block(nn.Module):
 class SASRec(nn.Module):
     """Kang & McAuley, ICDM 2018, pre-LN, tied embeddings; with whatever a configuration has in place of its parts."""
 
-    def __init__(self, config: ModelConfig, items: int):
+    def __init__(self, config: ModelConfig, items: int | Items):
         super().__init__()
         d, learned = config.dim, config.position == "learned" and config.encoder != "gru"
         self.scale, self.heads, self.longest = sqrt(d), config.heads, config.max_length
         self.config = config
         self.timed = config.attention if config.intervals and isinstance(config.attention, TimeAware) else None
         self.inputs = nn.ModuleDict({each.kind: nn.Embedding(_values(each), d) for each in config.inputs})
-        self.item = nn.Embedding(items, d)
+        self.item = Items(config, items) if isinstance(items, int) else items
         self.position = nn.Embedding(config.max_length, d) if learned else None
         self.front = None if config.encoder == "attention" else Front(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(0 if config.encoder == "gru" else config.blocks))
@@ -220,12 +221,19 @@ class SASRec(nn.Module):
         self.sites = 1 + 2 * len(self.blocks) + (self.front is not None)
         """Dropout masks of one pass."""
 
-    def forward(self, items: Tensor, masks: Tensor | None = None, known: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        items: Tensor,
+        masks: Tensor | None = None,
+        known: dict[str, Tensor] | None = None,
+        table: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states ``(B, L, D)`` of right-padded histories ``(B, L)``; masks ``(B, L, sites, D)``.
 
-        What is known of events is by names: `times`, `behaviours`, `ratings`, ``(B, L)`` each.
+        What is known of events is by names: `times`, `behaviours`, `ratings`, ``(B, L)`` each. The items' vectors
+        ``(I, D)`` may be at hand already.
         """
-        x = self.item(items) * self.scale
+        x = F.embedding(items, self.item() if table is None else table) * self.scale
         x = x if self.position is None else x + self.position.weight[: items.shape[1]]
         x = x + inputs(self.config, self.inputs, known or {}) if self.inputs else x
         x = x if masks is None else x * masks[:, :, 0]

@@ -195,7 +195,9 @@ def begun(federation, loss, dropout):
     device = Device.open(experiment, prepare(experiment.data))
     users = cohort(experiment.federation, len(device.sequences), experiment.seed, 2)
     start = initialise(experiment.model, device.catalogue.items, experiment.seed)
-    return SimpleNamespace(device=device, experiment=experiment, users=users, start=start, model=bench._model(device))
+    return SimpleNamespace(
+        device=device, experiment=experiment, users=users, start=start, model=bench.initial_model(device)
+    )
 
 
 @pytest.mark.parametrize("loss", centralised.LOSSES)

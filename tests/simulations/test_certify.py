@@ -1,9 +1,7 @@
 """The certificate: it holds for the code as it is, and each planted bug breaks the check that is meant to see it."""
 
-import importlib.util
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from server.sampling import cohort
 from simulations import centralised, certify, cli
 from simulations.certify import Check, altered, parity_mode
 from simulations.grid import FIRST_NODE, InProcessGrid
+from tests.support.certifying import few
 from tests.support.leftovers import MARK, nobody_left
 from tests.support.processes import hushrec
 
@@ -47,12 +46,7 @@ ON_RAY = ["each update, 1 local step(s): vectorized = ray", "each update, 5 loca
 
 @pytest.fixture(autouse=True)
 def _few(monkeypatch):
-    """Few rounds; and no Ray, whether or not it is there."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(certify, "ROUNDS", ROUNDS)
-    monkeypatch.setattr(certify, "COHORT", COHORT)
-    finding = SimpleNamespace(find_spec=lambda name: None if name == "ray" else find(name))
-    monkeypatch.setattr(certify, "importlib", SimpleNamespace(util=finding))
+    few(monkeypatch, ROUNDS, COHORT)
 
 
 @pytest.fixture

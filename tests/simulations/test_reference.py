@@ -1,16 +1,13 @@
 """Every encoder, attention and head a second time: alike in what they compute, and in what training makes of them."""
 
 import ast
-import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from common.errors import UsageError
 from common.loading import parse
 from common.models import attention, encoder, fronts, mixing, scoring, sparse
 from common.models.encoder import Moments, dropout_sites, encode
@@ -19,9 +16,10 @@ from common.models.schema import ModelConfig, TimeAware
 from common.models.scoring import history, score_all, score_each, score_last
 from common.models.shapes import parameter_shapes
 from common.models.weights import named
-from simulations import certify, pooled, reference
+from simulations import certify, reference
 from simulations.reference import SASRec
 from tests.support import world
+from tests.support.certifying import few
 
 ITEMS, LONGEST, ROUNDS = 15, 9, 5
 LENGTHS = torch.tensor([9, 1, 5, 9])
@@ -163,7 +161,7 @@ def test_it_knows_nothing_of_the_federated_model():
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     ours = {name for name in names if name.split(".")[0] in {"client", "common", "server", "simulations"}}
-    assert ours == {"common.models.schema"}
+    assert ours == {"common.models.schema", "simulations.reference_items"}  # which has a test of its own
 
 
 # --- the certificate -------------------------------------------------------------------------------------------------
@@ -181,11 +179,7 @@ ADAM = f"weights after {ROUNDS} rounds: federated = centralised"
 
 def certified(monkeypatch, model, loss="sampled-softmax"):
     """The certificate's checks of a tiny experiment in few rounds, without Ray, by name."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr(certify, "ROUNDS", ROUNDS)
-    monkeypatch.setattr(certify, "COHORT", 10)
-    finding = SimpleNamespace(find_spec=lambda name: None if name == "ray" else find(name))
-    monkeypatch.setattr(certify, "importlib", SimpleNamespace(util=finding))
+    few(monkeypatch, ROUNDS, 10)
     overrides = [f"model.{name}={json.dumps(value)}" for name, value in MODELS[model].items()]
     checks = certify.certify(parse(TEXT, overrides=[*overrides, f"loss={{kind: {loss}}}"]))
     return {check.name: check for check in checks}
@@ -235,12 +229,3 @@ def test_a_bug_in_a_mechanism_is_seen(model, monkeypatch):
     assert not (checks[SGD].passed and checks[ADAM].passed)
     for name, check in checks.items():
         assert check.passed or not name.startswith(("each update", "mean update"))
-
-
-@pytest.mark.parametrize("items", ["features", "both"])
-def test_other_vectors_of_items_are_refused(items):
-    known = parse(TEXT)
-    experiment = known.model_copy(update={"model": known.model.model_copy(update={"items": items})})
-    for command in (certify.certify, pooled.train):
-        with pytest.raises(UsageError, match=f"model.items={items}"):
-            command(experiment)
