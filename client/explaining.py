@@ -89,7 +89,7 @@ def explain(
 
 @torch.no_grad()
 def attention(model: ModelConfig, weights: Weights, past: Past, targets: Tensor) -> Tensor | None:
-    """Importance by `rollout`, ``(C, L)``; of the last event or, with target attention, of all as the item sees them.
+    """Importance by `rollout`, ``(C, L)``: of the last event and, half of it with target attention, as the item looks.
 
     None for an encoder without blocks under a head without attention. What stands in front of the blocks, recurrent
     or convolution, is taken for the identity: it mixes events, but not by weights that could be rolled out.
@@ -104,12 +104,12 @@ def attention(model: ModelConfig, weights: Weights, past: Past, targets: Tensor)
     parameters, watched = named(model, weights.body), list[Tensor]()
     hidden = encode(model, parameters, weights.table[past.items], moments=past.moments, watched=watched)
     keys = history(model, parameters, hidden).keys  # (C, H, L, K)
-    if keys is None:
-        read = (torch.arange(past.items.shape[1]) == (past.lengths - 1).unsqueeze(1)).float()
-    else:
+    read = (torch.arange(past.items.shape[1]) == (past.lengths - 1).unsqueeze(1)).float()
+    if keys is not None:
         asked = split_heads(weights.table[targets].unsqueeze(1), model.heads)  # (C, H, 1, K)
         logits = (asked @ keys.mT).squeeze(2) / keys.shape[-1] ** 0.5  # (C, H, L)
-        read = logits.clamp(-LIMIT, LIMIT).masked_fill(~past.real.unsqueeze(1), -torch.inf).softmax(-1).mean(1)
+        looked = logits.clamp(-LIMIT, LIMIT).masked_fill(~past.real.unsqueeze(1), -torch.inf).softmax(-1).mean(1)
+        read = 0.5 * read + 0.5 * looked
     return rollout(watched, read)
 
 

@@ -164,9 +164,8 @@ class Session:
         """
         if not self._length:
             raise ValueError("no event yet, hence no scores")
-        if self.model.head == "target":
-            return (self._sums[0] / self._sums[1]).sum(0)
-        return self._table @ self._hidden
+        scores = self._table @ self._hidden
+        return scores + (self._sums[0] / self._sums[1]).sum(0) if self.model.head == "target" else scores
 
     def _encode(self, first: int) -> None:
         """`common.models.encoder.encode` of the last position alone or, from `first` 0, of all of them."""
@@ -258,8 +257,8 @@ class Session:
         """Let every item look at new positions, ``(1, n, D)``: `common.models.mixing.target_scores`, one more term."""
         for part in hidden.split(STRIDE, dim=1):
             pair = (linear(part, self._target[f"{name}.weight"]) for name in ("key", "value"))
-            key, value = (split_heads(x, self.model.heads)[0] for x in pair)  # (H, n, K)
-            weights = ((key / math.sqrt(key.shape[-1])) @ self._candidates).clamp_(-LIMIT, LIMIT).exp_()  # (H, n, I)
+            key, value = (split_heads(x, self.model.heads)[0] for x in pair)  # (H, n, K); √D / √K is √H
+            weights = (key * math.sqrt(self.model.heads) @ self._candidates).clamp_(-LIMIT, LIMIT).exp_()  # (H, n, I)
             self._sums[1] += weights.sum(1)
             self._sums[0] += (value @ self._candidates).mul_(weights).sum(1)
 

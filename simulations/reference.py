@@ -248,33 +248,38 @@ class SASRec(nn.Module):
 
     def score_each(self, hidden: Tensor, real: Tensor, items: Tensor) -> Tensor:
         """Score of one item after each real event, ``(B, L, D), (B, L), (B, L, D) → (T,)``."""
+        scores: Tensor = (hidden[real] * items[real]).sum(-1)
         if self.target is None:
-            return (hidden[real] * items[real]).sum(-1)
+            return scores
         logits, matches = self._asked(hidden, split(items, self.heads))  # (B, H, L, L), an item and an event
         future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
-        return (logits.masked_fill(future, -torch.inf).softmax(-1) * matches).sum((1, -1))[real]
+        return scores + (logits.masked_fill(future, -torch.inf).softmax(-1) * matches).sum((1, -1))[real]
 
     def score_all(self, hidden: Tensor, real: Tensor, items: Tensor) -> Tensor:
         """Scores of the same items after each real event, ``(B, L, D), (B, L), (N, D) → (T, N)``."""
+        scores = hidden[real] @ items.T
         if self.target is None:
-            return hidden[real] @ items.T
+            return scores
         logits, matches = self._asked(hidden, split(items, self.heads))  # (B, H, N, L)
         pasts = (slice(end) for end in range(1, hidden.shape[1] + 1))
-        return torch.stack([(logits[..., p].softmax(-1) * matches[..., p]).sum((1, -1)) for p in pasts], 1)[real]
+        return (
+            scores + torch.stack([(logits[..., p].softmax(-1) * matches[..., p]).sum((1, -1)) for p in pasts], 1)[real]
+        )
 
     def score_last(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Scores of items after the last event of one history, ``(L, D), (N, D) → (N,)``."""
+        scores = hidden[-1] @ items.T
         if self.target is None:
-            return hidden[-1] @ items.T
+            return scores
         logits, matches = self._asked(hidden, split(items, self.heads))  # (H, N, L)
-        return (logits.softmax(-1) * matches).sum((0, -1))
+        return scores + (logits.softmax(-1) * matches).sum((0, -1))
 
     def _asked(self, hidden: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """How much items look at events, and how they match what these hold; both ``(…, H, N, L)``."""
+        """How much items, times √D, look at events, and how they match what these hold; both ``(…, H, N, L)``."""
         if self.target is None:
             raise ValueError("no target attention here")
         keys, values = (split(self.target[name](hidden), self.heads) for name in ("key", "value"))
-        return asked @ keys.mT / sqrt(asked.shape[-1]), asked @ values.mT
+        return asked * self.scale @ keys.mT / sqrt(asked.shape[-1]), asked @ values.mT
 
     def load_named(self, parameters: dict[str, Tensor]) -> None:
         """Take weights by the names of `model.safetensors`."""

@@ -149,8 +149,8 @@ class ModelConfig(Section):
     attention: AttentionConfig = ScaledDotProduct()
     """How positions attend to their past."""
     head: Literal["dot-product", "target"] = "dot-product"
-    """How an item is scored. `dot-product`: against the last hidden state. `target`: the item queries the whole history
-    for itself (target attention, as in DIN: Zhou et al., KDD 2018)."""
+    """How an item is scored. `dot-product`: against the last hidden state. `target`: also against what it finds in the
+    whole history, which it queries for itself (target attention, as in DIN: Zhou et al., KDD 2018)."""
     items: Literal["own", "features", "both"] = "own"
     """What an item's vector is: one of its `own`; the sum of those of its `features` (see `data.features`), so that
     items may be new, and the model small; or `both`, added up."""

@@ -222,17 +222,19 @@ def slow_scores(model, table, body, items, times, masks=None):
     """Scores of all items after each event, ``(n, I)``."""
     p = reference.parameters(model, body)
     hidden = slow_states(model, p, table[items], times, masks)
+    products = hidden @ table.T
     if model.head == "dot-product":
-        return hidden @ table.T
+        return products
     keys, values = hidden @ p["target.key.weight"].T, hidden @ p["target.value.weight"].T
     rows = []
     for t in range(len(hidden)):
         total = 0
         for cut in cuts(model):
             asked = table[:, cut]
-            weights = (asked @ keys[: t + 1, cut].T / math.sqrt(asked.shape[1])).softmax(1)
+            loud = asked * math.sqrt(table.shape[1])
+            weights = (loud @ keys[: t + 1, cut].T / math.sqrt(asked.shape[1])).softmax(1)
             total = total + (weights @ values[: t + 1, cut] * asked).sum(1)
-        rows.append(total)
+        rows.append(products[t] + total)
     return torch.stack(rows)
 
 
