@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from common.errors import DataError
 from common.files import read_json
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; part of the digest, so that a change makes every folder anew."""
 MANIFEST = "manifest.json"
 """What the folder holds; written last."""

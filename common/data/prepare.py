@@ -129,7 +129,8 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     frame = rules.kept(config, whole)
 
     catalogue = frame.select("item", *(["domain"] if "domain" in frame.columns else []))
-    catalogue = catalogue.unique("item", keep="first", maintain_order=True)
+    # By id, shorter ones first: the catalogue is public, and in the order of the events it would tell the first histories.
+    catalogue = catalogue.unique("item").sort(pl.col("item").str.len_bytes(), "item")
     numbers = catalogue.select("item", pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
     frame = frame.join(numbers, on="item", how="left", maintain_order="left")
     if config.cold:
@@ -172,8 +173,8 @@ def _without_cold(frame: pl.DataFrame, cold: np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _coded(column: pl.Series) -> tuple[Any, list[str]]:
-    """Give behaviours or domains as int8 codes in order of first appearance, and their names."""
-    names = column.unique(maintain_order=True).to_list()
+    """Give behaviours or domains as int8 codes, and their names in the order of the alphabet."""
+    names = column.unique().sort().to_list()
     if len(names) > np.iinfo(np.int8).max:
         raise DataError(f"data.columns.{column.name}: {len(names)} different {column.name}s; is it the right column?")
     return column.replace_strict(names, range(len(names)), return_dtype=pl.Int8).to_numpy(), names
