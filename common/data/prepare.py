@@ -129,8 +129,9 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     frame = rules.kept(config, whole)
 
     catalogue = frame.select("item", *(["domain"] if "domain" in frame.columns else []))
-    # By id, shorter ones first: the catalogue is public, and in the order of the events it would tell the first histories.
-    catalogue = catalogue.unique("item").sort(pl.col("item").str.len_bytes(), "item")
+    # By id, numbers before names: the catalogue is public, and in the order of events it would tell the first histories.
+    number = pl.col("item").cast(pl.Int64, strict=False)
+    catalogue = catalogue.unique("item").sort(number, "item", nulls_last=True)
     numbers = catalogue.select("item", pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
     frame = frame.join(numbers, on="item", how="left", maintain_order="left")
     if config.cold:
