@@ -150,11 +150,11 @@ def test_a_source_goes_before_the_catalogue(source, tmp_path, monkeypatch):
     (tmp_path / "s.tsv").write_text("item\ttitle\n12\tJaws\n")
     columns = [{"kind": "categorical", "name": name} for name in ("title", "genres")]
     found = fit(catalogue, ItemFeatures(columns=columns))
-    assert (found["title"].vocabulary, bags(found["title"].values)) == (["Empty", "Heat"], [[0], [1], []])
-    assert (found["genres"].vocabulary, bags(found["genres"].values)) == (["Action", "Crime"], [[], [0, 1], []])
+    assert (found["title"].vocabulary, bags(found["title"].values)) == (["Empty", "Heat"], [[1], [0], []])
+    assert (found["genres"].vocabulary, bags(found["genres"].values)) == (["Action", "Crime"], [[0, 1], [], []])
     found = fit(catalogue, ItemFeatures(columns=columns, source="s.tsv"))
     assert (found["title"].vocabulary, bags(found["title"].values)) == (["Jaws"], [[], [], [0]])
-    assert bags(found["genres"].values) == [[], [0, 1], []]
+    assert bags(found["genres"].values) == [[0, 1], [], []]
 
 
 def test_a_missing_file_names_the_places(shop, tmp_path):

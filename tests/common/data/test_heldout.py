@@ -96,14 +96,14 @@ def test_the_last_two_targets_are_held_out(made):
 def test_the_target_is_written_down(made):
     folder = made(target="buy")
     facts, sequences = json.loads((folder / "manifest.json").read_text()), Sequences.open(folder)
-    assert (facts["behaviours"], facts["domains"], facts["target"]) == (["view", "buy"], ["toy", "game"], 1)
+    assert (facts["behaviours"], facts["domains"], facts["target"]) == (["buy", "view"], ["game", "toy"], 0)
     assert (sequences.behaviour_names, sequences.target, sequences.domain_names) == (
-        ("view", "buy"),
-        1,
-        ("toy", "game"),
+        ("buy", "view"),
+        0,
+        ("game", "toy"),
     )
     assert sequences.targets(np.array([[0, 1], [-1, 2]])).tolist() == [[False, True], [False, False]]
-    assert sequences.domains.tolist() == [0, 0, 1, 0]
+    assert sequences.domains.tolist() == [0, 1, 1, 1]
     assert sequences.ratings[:6].tolist() == [1.0, 2.0, 4.0, 5.0, 1.5, 2.5]
     assert Sequences.open(made()).target == -1
 
@@ -128,7 +128,7 @@ def test_a_targets_history_are_events_of_all_sorts(made):
     stops, _ = sequences.stops(users, "test")
     assert [(stop - start).item() for stop, start in zip(stops, sequences.starts(users), strict=True)] == [5, 0, 0, 2]
     items, rows = sequences.had(users, stops)  # bought before: b, c by ann and c by dan
-    assert (items.tolist(), rows.tolist()) == ([1, 2, 2], [0, 0, 3])
+    assert (items.tolist(), rows.tolist()) == ([2, 0, 0], [0, 0, 3])
 
 
 def test_what_is_not_seen_vanishes_after_the_split(made):

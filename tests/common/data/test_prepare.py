@@ -24,7 +24,7 @@ def test_manifest(source, cache):
     facts = manifest(folder)
     assert folder.parent == cache
     assert folder.name == f"my_pairs-{facts['digest']}"
-    assert facts["format"] == 1
+    assert facts["format"] == 2
     assert facts["source"]["kind"] == "pairs"
     assert list(facts["source"]["files"]) == ["my pairs.txt"]
     assert facts["options"]["split"] == "leave-one-out"
@@ -48,8 +48,8 @@ def test_ratings_and_behaviours(source):
     content = "user,item,time,how,stars\na,x,2,buy,1.5\na,y,1,view,2\na,z,3,view,3\n"
     folder = prepare(source("table", "t.csv", content, columns=Columns(behaviour="how", rating="stars")))
     sequences = Sequences.open(folder)
-    assert manifest(folder)["behaviours"] == ["view", "buy"]
-    assert sequences.optional("behaviours").tolist() == [0, 1, 0]
+    assert manifest(folder)["behaviours"] == ["buy", "view"]
+    assert sequences.optional("behaviours").tolist() == [1, 0, 1]
     assert sequences.optional("ratings").tolist() == [2.0, 1.5, 3.0]
     assert sequences.times.tolist() == [1, 2, 3]
 
@@ -70,7 +70,17 @@ def test_too_many_behaviours(source):
 def test_domains_are_part_of_the_item(source):
     content = "user,item,time,shop\na,1,1,toy\na,1,2,game\n"
     folder = prepare(source("table", "t.csv", content, columns=Columns(domain="shop")))
-    assert Catalogue.open(folder).item_ids() == ["toy/1", "game/1"]
+    assert Catalogue.open(folder).item_ids() == ["game/1", "toy/1"]
+
+
+def test_the_order_of_items_tells_nothing_of_events(source):
+    """The catalogue travels to everybody: in the order of the events it would be the first user's history."""
+    histories = ["a 9 10 b 2 1", "c 3 b 9 aa"]
+    found = {
+        tuple(Catalogue.open(prepare(source("sequences", f"{n}.txt", "\n".join(lines) + "\n"))).item_ids())
+        for n, lines in enumerate((histories, histories[::-1], ["a aa b 1 2 3", "d 9 10 1"]))
+    }
+    assert found == {("1", "2", "3", "9", "10", "aa", "b")}
 
 
 def test_global_time_needs_times(source):
