@@ -3,9 +3,10 @@
 Neither torch nor polars is imported here, as in `common.config`.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from common.section import Positive, Section
 
@@ -26,7 +27,25 @@ class _Column(Section):
         return self.column or self.name
 
 
-class CategoricalFeature(_Column):
+def _one_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except (re.error, OverflowError, RecursionError) as fault:
+        raise ValueError(f"{pattern!r} is no regular expression ({fault})") from None
+    if groups != 1:
+        raise ValueError(f"{pattern!r} has {groups} groups; put the value, and nothing else, in parentheses")
+    return pattern
+
+
+class _Matched(_Column):
+    """What features that may be a part of a text have in common."""
+
+    pattern: Annotated[str, AfterValidator(_one_group)] | None = None
+    """Regular expression with one group, which matches the value in a column of text: ``\\((\\d{4})\\)`` is the year
+    in `Toy Story (1995)`. Of several matches the first counts; without one the value is unknown."""
+
+
+class CategoricalFeature(_Matched):
     """One or several values an item, such as genres: text or whole numbers, or lists of them."""
 
     kind: Literal["categorical"]
@@ -40,7 +59,7 @@ class CategoricalFeature(_Column):
     """Only so many values, the most frequent ones; the others count as `rare`."""
 
 
-class NumericFeature(_Column):
+class NumericFeature(_Matched):
     """A number an item, such as a price; a missing one counts as the mean, with a second column that says so."""
 
     kind: Literal["numeric"]

@@ -32,16 +32,32 @@ class Column(NamedTuple):
         Ids of the items.
     place : str
         Where the values come from.
+    pattern : str, optional
+        What found the values in a text.
     """
 
     values: pl.Series
     items: pl.Series
     place: str
+    pattern: str | None = None
+
+    def matched(self, pattern: str | None) -> "Column":
+        """What the group of a pattern matches in a column of text; `DataError` where it cannot be looked for."""
+        if pattern is None:
+            return self
+        if self.values.dtype not in (pl.String, pl.Categorical, pl.Enum, pl.Null):
+            raise self.fault(f"is of type {self.values.dtype}; a pattern looks into text")
+        found = self._replace(pattern=pattern)
+        try:
+            return found._replace(values=self.values.cast(pl.String).str.extract(pattern))
+        except pl.exceptions.PolarsError:  # Rust's dialect, which takes time linear in the text's length
+            raise found.fault("look-around, back-references and huge repeats are not known; write it without") from None
 
     def fault(self, why: str, row: int | None = None) -> DataError:
         """Build the error for a column, or for one item's value in it."""
         item = "" if row is None else f", item {self.items[row]!r}"
-        return DataError(f"{self.place}, column {self.values.name!r}{item}: {why}")
+        by = "" if self.pattern is None else f", pattern {self.pattern!r}"
+        return DataError(f"{self.place}, column {self.values.name!r}{by}{item}: {why}")
 
 
 def gather(catalogue: Catalogue, config: ItemFeatures) -> dict[str, Column]:

@@ -23,6 +23,8 @@ class Vocabulary(Section):
     """Column that is read."""
     separator: str | None
     """As in `CategoricalFeature`."""
+    pattern: str | None = None
+    """As in `CategoricalFeature`."""
     vocabulary: tuple[str, ...]
     """The values, that of most items first, ties by name."""
     rare: bool
@@ -38,7 +40,7 @@ class Vocabulary(Section):
         """Encode values; `DataError` if they are neither text nor lists of it nor whole numbers."""
         size, names = len(self.vocabulary), pl.Series(self.vocabulary, dtype=pl.String)
         numbers = pl.DataFrame({"value": names, "number": pl.Series(range(size), dtype=pl.Int64)})
-        found = _values(column, self.separator).join(numbers, on="value", how="left")
+        found = _values(column.matched(self.pattern), self.separator).join(numbers, on="value", how="left")
         if self.rare:
             found = found.with_columns(pl.col("number").fill_null(size))
         found = found.select("row", "number").drop_nulls().unique().sort("row", "number")
@@ -56,6 +58,7 @@ def fit_vocabulary(config: CategoricalFeature, column: Column) -> Vocabulary:
     DataError
         If there is none, if `min_count` leaves none, or if the column's type has no values.
     """
+    column = column.matched(config.pattern)
     counts = _values(column, config.separator)["value"].value_counts().sort("count", "value", descending=[True, False])
     if counts.is_empty():
         raise column.fault("holds no value at all; leave this feature away")
@@ -67,6 +70,7 @@ def fit_vocabulary(config: CategoricalFeature, column: Column) -> Vocabulary:
         name=config.name,
         column=config.read,
         separator=config.separator,
+        pattern=config.pattern,
         vocabulary=tuple(kept["value"]),
         rare=kept.height < counts.height,
     )

@@ -28,6 +28,8 @@ class Scale(Section):
     """Column that is read."""
     scaling: Literal["standard", "log", "quantile", "none"]
     """As in `NumericFeature`."""
+    pattern: str | None = None
+    """As in `NumericFeature`."""
     mean: float = 0.0
     """Mean of the values, for `log` of their logarithms."""
     deviation: Annotated[float, Field(ge=0)] = 1.0
@@ -43,7 +45,7 @@ class Scale(Section):
 
     def encode(self, column: Column) -> Dense:
         """Encode numbers as (I, 2): the scaled value, and whether it is missing. Errors as in `fit_scale`."""
-        values = _numbers(column)
+        values = _numbers(column.matched(self.pattern))
         missing = np.isnan(values)
         values[missing] = 0.0
         if self.scaling == "quantile":
@@ -70,6 +72,7 @@ def fit_scale(config: NumericFeature, column: Column) -> Scale:
     DataError
         If there is none, if a text is no number, if one is infinite, or if they are too large to be squared.
     """
+    column = column.matched(config.pattern)
     values = _numbers(column)
     values = values[~np.isnan(values)]
     if not len(values):
@@ -80,7 +83,13 @@ def fit_scale(config: NumericFeature, column: Column) -> Scale:
     else:
         mean, deviation = _moments(_log(values) if config.scaling == "log" else values, column)
     return Scale(
-        name=config.name, column=config.read, scaling=config.scaling, mean=mean, deviation=deviation, edges=edges
+        name=config.name,
+        column=config.read,
+        scaling=config.scaling,
+        pattern=config.pattern,
+        mean=mean,
+        deviation=deviation,
+        edges=edges,
     )
 
 

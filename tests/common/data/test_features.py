@@ -72,6 +72,23 @@ def test_vectors(shop, tmp_path, form):
     assert shop({**feature, "normalise": False})["image"].values.matrix[3].tolist() == [3, 4, 0]
 
 
+FILMS = 'item,title\na,"Heat (1995)"\nb,"2001 (1968), (2001)"\nc,"1984"\n'  # of d there is no title
+YEAR = {"name": "year", "column": "title", "pattern": r"\((\d{4})\)"}
+
+
+def test_a_part_of_a_text(shop):
+    found = shop(
+        {"kind": "numeric", "scaling": "none", **YEAR}, {"kind": "categorical", **YEAR, "name": "of"}, content=FILMS
+    )
+    mean = (1995 + 1968) / 2
+    assert found["year"].values.matrix.tolist() == [[1995, 0], [1968, 0], [mean, 1], [mean, 1]]
+    assert (found["of"].vocabulary, bags(found["of"].values)) == (["1968", "1995"], [[1], [0], [], []])
+    later = apply(json.loads(json.dumps(found.fitted())), pl.DataFrame({"title": ["New (1968)", "1995", None]}))
+    assert later["year"].values.matrix.tolist() == [[1968, 0], [mean, 1], [mean, 1]]
+    assert bags(later["of"].values) == [[0], [], []]
+    assert apply(found.fitted(), pl.DataFrame({"title": [None]}))["year"].values.matrix.tolist() == [[mean, 1]]
+
+
 # --- faults ------------------------------------------------------------------------------------------------------
 
 CATEGORICAL, NUMERIC = {"kind": "categorical", "name": "x"}, {"kind": "numeric", "name": "x"}
@@ -98,6 +115,11 @@ CATEGORICAL, NUMERIC = {"kind": "categorical", "name": "x"}, {"kind": "numeric",
         (CATEGORICAL, "item,x\na,\n", r"column 'x': holds no value at all; leave"),
         ({**CATEGORICAL, "min_count": 3}, "item,x\na,r\nb,r\n", r"min_count=3 leaves no value \('r'.*has 2\); lower"),
         ({"kind": "text", "name": "x"}, "item,x\na,!\n", r"holds no words"),
+        ({**NUMERIC, "pattern": "(c)"}, "item,x\na,ac\n", r"column 'x', pattern '\(c\)', item 'a': 'c' is no number"),
+        ({**NUMERIC, "pattern": "(c)"}, "item,x\na,b\n", r"column 'x', pattern '\(c\)': holds no number at all"),
+        ({**CATEGORICAL, "pattern": "(c)"}, "item,x\na,b\n", r"column 'x', pattern '\(c\)': holds no value at all"),
+        ({**CATEGORICAL, "pattern": "(?<=b)(c)"}, "item,x\na,bc\n", r"pattern '.*': look-around, back-references .*"),
+        ({**NUMERIC, "pattern": "(1)"}, pl.DataFrame({"item": ["a"], "x": [1.0]}), r"Float64; a pattern looks into"),
         ({"kind": "text", "name": "x", "min_count": 2}, "item,x\na,one\n", r"min_count=2 leaves no word"),
     ],
 )
@@ -169,11 +191,21 @@ def test_a_missing_file_names_the_places(shop, tmp_path):
         {"id": False},
         {"columns": [{**NUMERIC, "name": "Price"}]},
         {"columns": [{**NUMERIC, "scalling": "log"}]},
+        {"columns": [{"kind": "text", "name": "x", "pattern": "(a)"}]},
     ],
 )
 def test_what_the_schema_refuses(options):
     with pytest.raises(ValidationError):
         ItemFeatures.model_validate(options)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("(a", "no regular expression"), ("a", "has 0 groups; put"), ("(a)(b)", "has 2 groups"), ("", "has 0 groups")],
+)
+def test_bad_patterns(pattern, message):
+    with pytest.raises(ValidationError, match=message):
+        ItemFeatures(columns=[{**NUMERIC, "pattern": pattern}])
 
 
 # --- properties --------------------------------------------------------------------------------------------------
@@ -255,6 +287,8 @@ def test_films(real_data):
         found = real(real_data, "movielens", path, columns=[genres])
         assert (found.items, found["genres"].values.size) == (items, number)
         assert found["genres"].vocabulary[0] == "Drama"
+    years = real(real_data, "movielens", "ml-100k", columns=[{"kind": "numeric", **YEAR}])["year"].values.matrix
+    assert years[:, 1].sum() == 1  # of a film called "unknown"
 
 
 def test_beauty(real_data):
