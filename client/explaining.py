@@ -1,6 +1,6 @@
 """Why an item is recommended: what each past event has to do with it, and how far such an answer can be trusted.
 
-What is explained is an item's log-probability after a history: the log-softmax of all scores, in nats.
+What is explained is an item's log-probability after a history: the log-softmax of all scores of its domain, in nats.
 """
 
 from importlib import import_module
@@ -13,7 +13,6 @@ from client.past import ROWS, SCORES, Past, log_probability, log_softmax
 from common.errors import UsageError
 from common.models.attention import split_heads
 from common.models.encoder import encode
-from common.models.inputs import Moments
 from common.models.items import Mixture
 from common.models.mixing import LIMIT
 from common.models.schema import ModelConfig
@@ -161,8 +160,8 @@ def integrated_gradients(
     parameters, names = named(model, weights.body), tuple(past.facts or ())
 
     def value(x: Tensor, lengths: Tensor, goals: Tensor, *facts: Tensor) -> Tensor:
-        known = Moments(lengths=lengths, **dict(zip(names, facts, strict=True))) if names else None
-        return log_softmax(model, parameters, weights.table, x, lengths, known)[torch.arange(len(x)), goals]
+        known = Past(goals, lengths, dict(zip(names, facts, strict=True)) if names else None, past.domains)
+        return log_softmax(model, parameters, weights.table, x, known, goals)
 
     found, usual = [], weights.table.mean(0)
     size = max(1, min(ROWS, SCORES // len(weights.table)) // steps)

@@ -29,6 +29,8 @@ class Past(NamedTuple):
     """Real events, at least 1, ``(C,)`` int64."""
     facts: dict[str, Tensor] | None = None
     """What else is known, by the fields of `common.models.inputs.Moments`, ``(C, L)`` each, where the model asks."""
+    domains: Tensor | None = None
+    """Domain of each item of the catalogue, ``(I,)``: rivals are of one's own only. None where there is one."""
 
     @property
     def moments(self) -> Moments | None:
@@ -53,7 +55,7 @@ class Past(NamedTuple):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Past":
         facts = None if self.facts is None else {name: change(values) for name, values in self.facts.items()}
-        return Past(change(self.items), self.lengths, facts)
+        return self._replace(items=change(self.items), facts=facts)
 
 
 def past_of(model: ModelConfig, sequences: Sequences, users: Ints, stops: Ints) -> Past:
@@ -63,14 +65,19 @@ def past_of(model: ModelConfig, sequences: Sequences, users: Ints, stops: Ints) 
     items = torch.from_numpy(np.where(places < 0, 0, sequences.items[places]).astype(np.int64))
     facts = facts_at(model, sequences, places)
     known = None if facts is None else {name: torch.from_numpy(values) for name, values in facts.items()}
-    return Past(items, torch.from_numpy(lengths), known)
+    return Past(items, torch.from_numpy(lengths), known, domains_of(sequences))
+
+
+def domains_of(sequences: Sequences) -> Tensor | None:
+    """`Past.domains` of some data."""
+    return None if sequences.domains is None else torch.tensor(sequences.domains)
 
 
 @torch.no_grad()
 def log_probability(
     model: ModelConfig, weights: Weights, past: Past, targets: Tensor, vectors: Tensor | None = None
 ) -> Tensor:
-    """Log-softmax of the targets' scores after each history, ``(C,)``; some histories of like lengths at a time.
+    """`log_softmax` of the targets after each history, ``(C,)``; some histories of like lengths at a time.
 
     Parameters
     ----------
@@ -93,19 +100,22 @@ def log_probability(
         some = past.pick(here)
         some = some.only(some.real)  # no wider than they need
         x = (weights.table if vectors is None else vectors)[some.items]
-        scored = log_softmax(model, parameters, weights.table, x, some.lengths, some.moments)
-        found[here] = scored.gather(1, targets[here].unsqueeze(1)).squeeze(1)
+        found[here] = log_softmax(model, parameters, weights.table, x, some, targets[here])
     return found
 
 
 def log_softmax(
-    model: ModelConfig,
-    parameters: Mapping[str, Tensor],
-    table: Tensor,
-    x: Tensor,
-    lengths: Tensor,
-    moments: Moments | None,
+    model: ModelConfig, parameters: Mapping[str, Tensor], table: Tensor, x: Tensor, past: Past, targets: Tensor
 ) -> Tensor:
-    """Of all items' scores after events with vectors `x` ``(C, L, D)``, ``(C, I)``."""
-    hidden = encode(model, parameters, x, moments=moments)
-    return score_last(history(model, parameters, hidden), lengths, table).log_softmax(1)
+    """Of the targets' scores among all of their domain, after events with vectors `x` ``(C, L, D)``, ``(C,)``.
+
+    Of `past`, its items are not looked at.
+    """
+    hidden = encode(model, parameters, x, moments=past.moments)
+    scored = score_last(history(model, parameters, hidden), past.lengths, table)
+    return apart(scored, past.domains, targets).log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def apart(scored: Tensor, domains: Tensor | None, targets: Tensor) -> Tensor:
+    """Scores ``(C, I)``, but −inf for items of another domain than the target's, ``(C,)``."""
+    return scored if domains is None else scored.masked_fill(domains != domains[targets].unsqueeze(1), -torch.inf)

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from client.explaining import Explanation, explain
+from client.past import domains_of
 from common.data import itemrows
 from common.errors import UsageError
 from common.models.items import mixture_of
@@ -48,7 +49,7 @@ def reasons(trained: Trained, person: Person, items: list[dict[str, Any]]) -> li
     numbers, past = {name: number for number, name in enumerate(ids)}, person.past
     targets = torch.tensor([numbers[item["item"]] for item in items])
     mixture = mixture_of(experiment, catalogue.folder)
-    often = past.pick(torch.zeros(len(items), dtype=torch.int64))
+    often = past.pick(torch.zeros(len(items), dtype=torch.int64))._replace(domains=domains_of(trained.device.sequences))
     found = explain(experiment.model, person.weights, often, targets, mixture)
     events = past.items[0, : int(past.lengths[0])].tolist()
     own = catalogue.items if experiment.model.items == "both" else 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from client.evaluation import mask_seen, scores
 from client.explaining import attention, ends, integrated_gradients
 from client.faithfulness import faithfulness
-from client.past import Past, past_of
+from client.past import Past, apart, past_of
 from common.data.sequences import Split
 from common.errors import UsageError
 from common.seeding import generator
@@ -44,6 +44,8 @@ _CAUSES = (
 def trust(trained: Trained, split: Split, users: int) -> dict[str, Any]:
     """Measure explanations by deletion and insertion, for what is recommended first to some users.
 
+    Where there are several domains, it is recommended in that of the held-out event.
+
     Parameters
     ----------
     trained : Trained
@@ -66,17 +68,18 @@ def trust(trained: Trained, split: Split, users: int) -> dict[str, Any]:
         Where there is nobody, or the run's privacy mode lets no such figures be told.
     """
     device, experiment = trained.device, trained.device.experiment
-    judges, stops = trained.judges, np.zeros(len(device.sequences), dtype=np.int64)
-    stops[judges], targets = device.sequences.stops(judges, split)
-    held = judges[(targets >= 0) & (stops[judges] > device.sequences.starts(judges))]
+    judges, sequences = trained.judges, device.sequences
+    stops, targets = sequences.stops(judges, split)
+    held = judges[(targets >= 0) & (stops > sequences.starts(judges))]
     if not len(held):
         raise UsageError(f"{trained.folder}: nobody has a {split} event and a history before it; nothing to explain")
     some = np.sort(generator(experiment.seed, "explained-users").permutation(held)[:users])
+    stops, targets = sequences.stops(some, split)
+    model, made, past = experiment.model, trained.built, past_of(experiment.model, sequences, some, stops)
     first = torch.zeros(len(some), dtype=torch.int64)
-    for where, scored in scores(experiment, trained.weights, device.sequences, some, stops[some]):
-        masked = mask_seen(scored, device.sequences, some[where], stops[some][where])
-        first[torch.from_numpy(where)] = masked.argmax(1)
-    model, made = experiment.model, trained.built
+    for where, scored in scores(experiment, trained.weights, sequences, some, stops):
+        rivals = apart(scored, past.domains, torch.from_numpy(targets[where]))
+        first[torch.from_numpy(where)] = mask_seen(rivals, sequences, some[where], stops[where]).argmax(1)
 
     def explain(past: Past, items: Tensor) -> dict[str, Tensor]:
         importances = {
@@ -87,7 +90,6 @@ def trust(trained: Trained, split: Split, users: int) -> dict[str, Any]:
         }
         return {name: values for name, values in importances.items() if values is not None}
 
-    past = past_of(model, device.sequences, some, stops[some])
     found = faithfulness(model, made, past, first, explain(past, first), experiment.seed)
     return found | {"causes": known_causes(trained, split, some, explain)}
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from client import explaining, faithfulness
+from client import explaining
 from client.evaluation import final_scores
 from client.explaining import attention, ends, explain, integrated_gradients, rollout, split
-from client.faithfulness import faithfulness as measured
-from client.past import Past, log_probability, past_of
+from client.past import Past, apart, log_probability, past_of
 from common.errors import UsageError
 from common.models.inputs import Moments
 from common.models.items import Mixture
@@ -94,6 +93,27 @@ def test_histories_are_the_most_recent_events():
     assert found.facts is None
 
 
+@EACH_KIND
+def test_rivals_are_of_ones_own_domain(kind):
+    config, weights, whole = setup(kind)
+    two = torch.arange(ITEMS) % 2
+    found = log_probability(config, weights, whole._replace(domains=two).only(whole.real), GOALS)
+    for row, (history, goal) in enumerate(zip(HISTORIES, GOALS.tolist(), strict=True)):
+        one = whole.pick([row]).only(whole.real[[row]])
+        scored = final_scores(config, weights, torch.tensor([history]), one.lengths, one.moments)[0]
+        expected = scored[goal] - scored[goal % 2 :: 2].logsumexp(0)
+        assert float(found[row]) == pytest.approx(float(expected), abs=1e-4)
+    assert apart(torch.tensor([[1.0, 2, 3]]), torch.tensor([0, 1, 0]), torch.tensor([2])).tolist() == [[1, -np.inf, 3]]
+
+
+@needs_captum
+@EACH_KIND
+def test_an_item_without_rivals_owes_nothing_to_any_event(kind):
+    config, weights, whole = setup(kind)
+    found = explain(config, weights, whole._replace(domains=torch.arange(ITEMS)), GOALS, steps=4)
+    assert all((values == 0).all() for values in (found.combined, found.gradients, found.gap))
+
+
 # --- rollout ----------------------------------------------------------------------------------------------------------
 
 
@@ -126,9 +146,9 @@ def test_attention_is_shares_of_the_past(kind):
 def test_integrated_gradients_of_a_line_by_hand(monkeypatch):
     slopes = torch.arange(1.0, 7).view(3, 2)
 
-    def line(model, parameters, table, x, lengths, moments):
-        real = torch.arange(3) < lengths[:, None]
-        return ((x * slopes).sum(-1) * real).sum(1, keepdim=True).expand(-1, len(table))
+    def line(model, parameters, table, x, past, targets):
+        real = torch.arange(3) < past.lengths[:, None]
+        return ((x * slopes).sum(-1) * real).sum(1)
 
     monkeypatch.setattr(explaining, "log_softmax", line)
     config = world.experiment().model
@@ -152,8 +172,8 @@ def test_gradients_are_complete(kind):
         x = alone(config, weights, history, GOALS[row], moments)
         parameters = explaining.named(config, weights.body)
         vectors = usual.table[torch.tensor([history])]
-        base = explaining.log_softmax(config, parameters, weights.table, vectors, torch.tensor([len(history)]), moments)
-        expected = x - float(base[0, GOALS[row]])
+        some = whole.pick([row]).only(whole.real[[row]])
+        expected = x - float(explaining.log_softmax(config, parameters, weights.table, vectors, some, GOALS[[row]]))
         if "top-k" not in kind:  # which jumps on the way
             assert float(found.events[row].sum()) == pytest.approx(expected, abs=0.01 * max(1, abs(expected)))
         assert float(found.gap[row]) == pytest.approx(abs(float(found.events[row].sum()) - expected), abs=1e-3)
@@ -262,53 +282,3 @@ def test_features_sum_to_their_event_and_count_by_what_is_theirs(own, kind):
             expected = each[at]
         assert value == pytest.approx(float(expected), abs=1e-4)
     assert not split(made, weights.table, whole.pick([]), gradients.slopes[:0]).values.numel()
-
-
-# --- faithfulness -----------------------------------------------------------------------------------------------------
-
-
-def test_curves_by_hand(monkeypatch):
-    """A log-probability that is a sum over events: curves are running sums."""
-
-    def summed(model, weights, past, targets):
-        return (past.items * past.real).sum(1).float()
-
-    monkeypatch.setattr(faithfulness, "log_probability", summed)
-    config, weights, _ = setup()
-    here = past([[3, 1, 2], [7]], timed=False)
-    found = measured(
-        config, weights, here, GOALS[:2], {"right": here.items.float(), "wrong": -here.items.float()}, 0, grid=2, most=3
-    )
-    assert found["users"] == 1, "a history of one event has nothing to lose"
-    assert found["deletion"] == pytest.approx({"right": -2.75, "wrong": -1.75, "random": -2.25}, abs=0.5)
-    assert (found["deletion"]["right"], found["deletion"]["wrong"]) == ((0 - 3) / 4 + (-3 - 5) / 4, -1 / 4 - 4 / 4)
-    assert (found["insertion"]["right"], found["insertion"]["wrong"]) == ((-3 - 1) / 4 - 1 / 4, (-5 - 3) / 4 - 3 / 4)
-    assert found["drop"]["right"] == [3, 5, None]
-    assert found["drop"]["wrong"] == [1, 3, None]
-    assert found["best"] == {"deletion": "right", "insertion": "right", "drop": "right"}
-    assert found["beats_random"] == ["right"]
-
-
-def test_an_oracle_beats_chance_and_chance_does_not():
-    config, weights, _ = setup()
-    rows = world.random_histories([8] * 60, ITEMS)
-    here, goals = past(rows, timed=False), torch.arange(60) % ITEMS
-    oracle = ends(config, weights, here, goals)
-    lots = torch.rand(60, 8, generator=torch.Generator().manual_seed(1))
-    importances = {"oracle": oracle, "reversed": -oracle, "lots": lots}
-    found = measured(config, weights, here, goals, importances, 3, draws=10)
-    assert found["beats_random"][:1] == ["oracle"]
-    assert "reversed" not in found["beats_random"]
-    assert found["best"] == {"deletion": "oracle", "insertion": "oracle", "drop": "oracle"}
-    for area, sign in (("deletion", -1), ("insertion", 1)):
-        won = {name: sign * (found[area][name] - found[area]["random"]) for name in importances}
-        assert abs(won["lots"]) < 0.25 * won["oracle"]
-        assert won["reversed"] < 0
-    assert found == measured(config, weights, here, goals, importances, 3, draws=10)
-    assert found["deletion"]["random"] != measured(config, weights, here, goals, {}, 4, draws=10)["deletion"]["random"]
-
-
-def test_nothing_to_measure():
-    config, weights, _ = setup()
-    with pytest.raises(UsageError, match="two events"):
-        measured(config, weights, past([[1], [2]], timed=False), GOALS[:2], {}, 0)

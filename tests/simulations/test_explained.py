@@ -54,6 +54,25 @@ federation: {{rounds: 2, cohort: 10}}
     return folder
 
 
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory):
+    """A run on items of two shops, a third of them in the second."""
+    folder = tmp_path_factory.mktemp("shops")
+    rng = np.random.default_rng(0)
+    lines = [
+        f"{u},{i},{t},{'toy' if i % 3 else 'game'}" for u in range(30) for t, i in enumerate(rng.permutation(15)[:7])
+    ]
+    (folder / "events.csv").write_text("user,item,time,shop\n" + "\n".join(lines) + "\n")
+    experiment = parse(f"""
+name: shops
+data: {{kind: table, path: {folder}/events.csv, columns: {{domain: shop}}}}
+model: {{dim: 8, blocks: 1, heads: 2, max_length: 6}}
+federation: {{rounds: 2, cohort: 10}}
+""")
+    run(experiment, rundir.create(experiment, folder / "run"), Console(quiet=True))
+    return folder
+
+
 def test_each_past_event_has_its_say_about_each_item(place):
     trained = Trained(place / "run")
     person = trained.known("7")
@@ -83,6 +102,28 @@ def test_features_have_their_say_by_name(films):
     (first,) = reasons(trained, person, trained.top(person, 1))
     assert {each["feature"] for each in first["features"]} <= set(names)
     assert any(each["importance"] for each in first["features"])
+
+
+def test_rivals_are_of_ones_own_domain(shops, monkeypatch):
+    trained = Trained(shops / "run")
+    person = trained.known("3")
+    recommended = trained.top(person, 6)
+    apart, same = trained.device.sequences.domains, []
+    for who in (person, person._replace(past=person.past._replace(domains=None))):  # as a stranger's is
+        same.append(reasons(trained, who, recommended))
+    assert same[0] == same[1]
+    monkeypatch.setattr("simulations.explained.domains_of", lambda sequences: None)
+    assert reasons(trained, person, recommended) != same[0]
+
+    asked = []
+    monkeypatch.setattr("simulations.trust.faithfulness", lambda *given: asked.append(given) or {})
+    trust(trained, "test", 30)
+    _, _, past, first, *_ = asked[0]
+    _, goals = trained.device.sequences.stops(np.arange(30), "test")
+    assert apart[first].tolist() == apart[goals].tolist()
+    assert set(apart[first].tolist()) == {0, 1}
+    assert past.domains.tolist() == apart.tolist()
+    assert all(item not in history for item, history in zip(first.tolist(), past.items.tolist(), strict=True))
 
 
 def test_on_the_command_line(place):
