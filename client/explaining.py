@@ -53,7 +53,7 @@ class Explanation(NamedTuple):
     combined: Tensor
     """By `ends`, the most faithful of the three."""
     parts: Parts | None
-    """Of `gradients`, where items are sums of features."""
+    """Of `gradients`, where items are made of features."""
     gap: Tensor
     """Of `Gradients`, ``(C,)``: a large one wants more steps."""
 
@@ -80,8 +80,7 @@ def explain(
     """
     made = weights if mixture is None else weights._replace(table=mixture.vectors(weights.table))
     gradients = integrated_gradients(model, made, past, targets, steps)
-    linear = mixture is not None and mixture.fusion == "sum"  # else shares do not split exactly
-    parts = None if mixture is None or not linear else split(mixture, weights.table, past, gradients.slopes)
+    parts = None if mixture is None else split(mixture, weights.table, past, gradients.slopes)
     seen, combined = attention(model, made, past, targets), ends(model, made, past, targets)
     return Explanation(seen, gradients.events, combined, parts, gradients.gap)
 
@@ -180,13 +179,22 @@ def integrated_gradients(
 def split(mixture: Mixture, table: Tensor, past: Past, slopes: Tensor) -> Parts:
     """Split events' shares among the rows of a trained table ``(R, D)``: exact, since items are linear in rows.
 
-    A row counts by how much more of it the item has than the average one.
+    A row counts by how much more of it the item has than the average one. A gate's weights are taken as they are: what
+    a row does to them is no share of its own.
     """
     place = past.real.nonzero()  # (E, 2)
     item, slope, zero = past.items[past.real], slopes[past.real], torch.zeros(len(place))
-    features = table[mixture.rows - mixture.forth.shape[1] :]
     starts, columns = mixture.forth.crow_indices().long(), mixture.forth.col_indices().long()
-    usual = torch.bincount(columns, mixture.forth.values(), minlength=len(features)) / mixture.items  # (V,)
+    begin, values, own = 0 if mixture.own is None else mixture.items, mixture.forth.values(), mixture.own
+    if mixture.fusion == "concatenation":
+        table = table * mixture.columns(table.shape[1])
+    if mixture.fusion == "gate":
+        gates, owner = mixture.gates(table), torch.arange(mixture.items).repeat_interleave(starts.diff())
+        kind = torch.arange(mixture.kinds - len(mixture.groups), mixture.kinds)
+        values = values * gates[kind.repeat_interleave(torch.tensor(mixture.groups))[columns], owner, 0]
+        own = None if own is None else own * gates[0]
+    features = table[begin : begin + mixture.forth.shape[1]]
+    usual = torch.bincount(columns, values, minlength=len(features)) / mixture.items  # (V,)
     counts = starts[item + 1] - starts[item]
     event = torch.arange(len(place)).repeat_interleave(counts)
     entry = torch.arange(len(event)) + (starts[item] - counts.cumsum(0) + counts)[event]
@@ -194,14 +202,14 @@ def split(mixture: Mixture, table: Tensor, past: Past, slopes: Tensor) -> Parts:
     each = (features[column] * slope[event]).sum(-1)
     others = zero.index_add(0, event, usual[column] * each) - slope @ (usual @ features)
     found = [
-        (event, mixture.rows - len(features) + column, (mixture.forth.values()[entry] - usual[column]) * each),
+        (event, begin + column, (values[entry] - usual[column]) * each),
         (torch.arange(len(place)), torch.full_like(item, -1), others),
     ]
-    if mixture.own is not None:
-        own = mixture.own * table[: mixture.items]
-        found.append((torch.arange(len(place)), item, ((own[item] - own.mean(0)) * slope).sum(-1)))
-    events, rows, values = map(torch.cat, zip(*found, strict=True))
-    return Parts(place[events], rows, values)
+    if own is not None:
+        vectors = own * table[: mixture.items]
+        found.append((torch.arange(len(place)), item, ((vectors[item] - vectors.mean(0)) * slope).sum(-1)))
+    events, rows, shares = map(torch.cat, zip(*found, strict=True))
+    return Parts(place[events], rows, shares)
 
 
 @torch.no_grad()

@@ -76,6 +76,10 @@ class Mixture:
             found = torch.cat([of_vectors * self.own, found], dim=-2)
         return found * self.columns(table.shape[-1]) if self.fusion == "concatenation" else found
 
+    def gates(self, table: Tensor) -> Tensor:
+        """How much each fused vector counts in each item by a gate, ``(R, D) → (M, I, 1)``; the mean over M is 1."""
+        return self._weights(*self._each(table))
+
     def columns(self, dim: int) -> Tensor:
         """Which columns each row may fill where vectors stand side by side, ``(R, D)`` of 0 and 1."""
         sizes = ([] if self.own is None else [self.items]) + list(self.groups)

@@ -244,7 +244,8 @@ def test_the_two_ends_by_hand(kind):
 # --- features ---------------------------------------------------------------------------------------------------------
 
 
-def mixture(own):
+def mixture(own, fusion):
+    """Items of two features, of two and three rows."""
     dense = torch.zeros(ITEMS, 5)
     for item in range(ITEMS - 1):  # the last has no features
         dense[item, item % 2] = 1
@@ -252,14 +253,35 @@ def mixture(own):
     counts = None if not own else (torch.arange(ITEMS) % 4 > 0).float().unsqueeze(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-        return dense, Mixture(dense.to_sparse_csr(), dense.T.to_sparse_csr(), counts)
+        pairs = [(part.to_sparse_csr(), part.T.to_sparse_csr()) for part in (dense, dense[:, :2], dense[:, 2:])]
+    return dense, Mixture(*pairs[0], counts, (2, 3), fusion, tuple(pairs[1:]) if fusion == "gate" else ())
+
+
+def pieces(dense, own, fusion, table):
+    """What each row puts into each item's vector, ``(I, R, D)``; rows of gates nothing."""
+    full = dense if own is None else torch.cat([torch.diag(own[:, 0]), dense], dim=1)
+    sizes = [ITEMS, 2, 3][own is None :]
+    kinds, dim = len(sizes), table.shape[1]
+    kind = [m for m, size in enumerate(sizes) for _ in range(size)]
+    found = torch.zeros(ITEMS, len(table), dim)
+    for item, row in product(range(ITEMS), range(len(kind))):
+        found[item, row] = full[item, row] * table[row]
+        if fusion == "concatenation":
+            found[item, row, [column for column in range(dim) if column * kinds // dim != kind[row]]] = 0
+    if fusion == "gate":
+        for item in range(ITEMS):
+            each = [sum(found[item, row] for row in range(len(kind)) if kind[row] == m) for m in range(kinds)]
+            weights = torch.stack([each[m] @ table[len(kind) + m] for m in range(kinds)]).softmax(0) * kinds
+            found[item, : len(kind)] *= weights[kind, None]
+    return found
 
 
 @needs_captum
+@pytest.mark.parametrize("fusion", ["sum", "concatenation", "gate"])
 @pytest.mark.parametrize(("own", "kind"), product([False, True], ["scaled-dot-product", "target, time-aware"]))
-def test_features_sum_to_their_event_and_count_by_what_is_theirs(own, kind):
+def test_features_sum_to_their_event_and_count_by_what_is_theirs(own, kind, fusion):
     config, _, whole = setup(kind)
-    dense, made = mixture(own)
+    dense, made = mixture(own, fusion)
     weights = world.weights(config, made.rows)
     found = explain(config, weights, whole, GOALS, made, steps=8)
     gradients = integrated_gradients(config, Weights(made.vectors(weights.table), weights.body), whole, GOALS, 8)
@@ -268,17 +290,19 @@ def test_features_sum_to_their_event_and_count_by_what_is_theirs(own, kind):
     total.index_put_(tuple(found.parts.events.T), found.parts.values, accumulate=True)
     assert torch.allclose(total, found.gradients, atol=1e-4)
 
-    full = dense if made.own is None else torch.cat([torch.diag(made.own[:, 0]), dense], dim=1)  # (I, R), R rows
+    each_piece = pieces(dense, made.own, fusion, weights.table)
+    assert torch.allclose(each_piece.sum(1), made.vectors(weights.table), atol=1e-5)
+    first = ITEMS if own else 0  # row of the features
     for (row, place), at, value in zip(*(part.tolist() for part in found.parts), strict=True):
         item = int(whole.items[row, place])
-        each = (full[item] - full.mean(0)) * (weights.table @ gradients.slopes[row, place])  # (R,)
+        each = (each_piece[item] - each_piece.mean(0)) @ gradients.slopes[row, place]  # (R,)
         if at < 0:
-            expected = each[full.shape[1] - 5 :][dense[item] == 0].sum()
-        elif own and at < ITEMS:
+            expected = each[first : first + 5][dense[item] == 0].sum()
+        elif at < first:
             assert at == item
             expected = each[:ITEMS].sum()
         else:
-            assert dense[item, at - (ITEMS if own else 0)] > 0
+            assert dense[item, at - first] > 0
             expected = each[at]
         assert value == pytest.approx(float(expected), abs=1e-4)
     assert not split(made, weights.table, whole.pick([]), gradients.slopes[:0]).values.numel()
