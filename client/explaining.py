@@ -28,7 +28,7 @@ class Gradients(NamedTuple):
     slopes: Tensor
     """Averaged gradients of the events' vectors, ``(C, L, D)``."""
     gap: Tensor
-    """How far the sum of `events` is from what it should be; large gaps want more steps, ``(C,)``."""
+    """How far the sum of `events` is from what it should be, ``(C,)``."""
 
 
 class Parts(NamedTuple):
@@ -55,7 +55,7 @@ class Explanation(NamedTuple):
     parts: Parts | None
     """Of `gradients`, where items are made of features."""
     gap: Tensor
-    """Of `Gradients`, ``(C,)``: a large one wants more steps."""
+    """Of `Gradients`, ``(C,)``: a large one wants more steps, which top-k does not help."""
 
 
 def explain(

@@ -21,8 +21,12 @@ from simulations.inference import Person, Trained
 _MEANING = (
     "Importance: what an event adds to the item's log-probability, as the only event and as one more (mean of both)."
 )
+_MISSED = "Integrated gradients{whence} miss {gap:.3f} of {shares:.3f}: rely on the bars."
 FEATURES = 5
 """Features that are told of an item."""
+GAP = 0.05
+"""Share of all that gradients say, for and against, from which on their gap is warned of. Not of the change that they
+explain: that is near 0 where events cancel."""
 
 
 def reasons(trained: Trained, person: Person, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -41,8 +45,9 @@ def reasons(trained: Trained, person: Person, items: list[dict[str, Any]]) -> li
     -------
     list of dict
         The items, each with ``because``: past events in time order, each with ``item``, ``title``, ``importance`` (what
-        it adds to the log-probability of the item) and, beside it, ``gradients`` and ``attention``; and, where items
-        are made of features, ``features``: those that say most, by name and importance.
+        it adds to the log-probability of the item) and, beside it, ``gradients`` and ``attention``; ``gap``, by how
+        much the sum of ``gradients`` is wrong; and, where items are made of features, ``features``: those that say
+        most, by name and importance, which are parts of ``gradients``.
     """
     experiment, catalogue = trained.device.experiment, trained.device.catalogue
     ids, titles = catalogue.item_ids(), catalogue.titles()
@@ -61,7 +66,8 @@ def reasons(trained: Trained, person: Person, items: list[dict[str, Any]]) -> li
             kinds = {"importance": found.combined, "gradients": found.gradients, "attention": found.attention}
             told_by = {name: round(float(part[row, place]), 4) for name, part in kinds.items() if part is not None}
             because.append({"item": ids[event], "title": titles[event], **told_by})
-        told.append({**item, "because": because} | ({"features": named[row]} if row in named else {}))
+        gap = round(float(found.gap[row]), 4)
+        told.append({**item, "because": because, "gap": gap} | ({"features": named[row]} if row in named else {}))
     return told
 
 
@@ -105,7 +111,11 @@ def render(console: Console, items: list[dict[str, Any]]) -> None:
     bars(console, titles, [reason["importance"] for reason in first["because"]], f"Why {first['title']}")
     if first.get("features"):
         said = ", ".join(f"{each['feature']} {each['importance']:+.3f}" for each in first["features"])
-        console.print(Padding(Text(f"By features of these: {said}"), (0, 1)))
+        console.print(Padding(Text(f"By features of all events: {said}"), (0, 1)))
+    shares = sum(abs(reason["gradients"]) for reason in first["because"])
+    if first["gap"] > GAP * shares:
+        whence = ", hence features," if first.get("features") else " (in --json)"
+        console.print(Padding(Text(_MISSED.format(whence=whence, gap=first["gap"], shares=shares), "yellow"), (0, 1)))
     console.print(Padding(Text(_MEANING, "dim"), (0, 1)))
 
 

@@ -34,9 +34,9 @@ def heat_map(path: Path, titles: Sequence[str], recommendations: Sequence[str], 
     path : Path
         File to write, by its suffix a PNG or an SVG.
     titles : sequence of str
-        Past events in time order, n; the 20 most recent are drawn, the oldest on the left.
+        Past events in time order, n; the 20 that matter most are drawn, the oldest on the left.
     recommendations : sequence of str
-        Recommended items, best first, m; ten are drawn.
+        Recommended items, best first, m; ten are drawn. What is not drawn is told by its number.
     importance : array_like
         Of each event for each item, ``(m, n)`` finite numbers, as in `client.explaining.Explanation`.
 
@@ -48,8 +48,10 @@ def heat_map(path: Path, titles: Sequence[str], recommendations: Sequence[str], 
         Where the file cannot be written.
     """
     require_picture(path)
-    values = _checked(importance, len(recommendations), len(titles))[:_ITEMS, -_EVENTS:]
-    columns, rows = ([_short(name) for name in names] for names in (titles[-_EVENTS:], recommendations[:_ITEMS]))
+    values = _checked(importance, len(recommendations), len(titles))[:_ITEMS]
+    shown = _strongest(values)
+    values, rows, columns = values[:, shown], recommendations[:_ITEMS], [titles[place] for place in shown]
+    left = _left(len(titles) - len(columns), "weaker event"), _left(len(recommendations) - len(rows), "recommendation")
     try:
         figures, canvas = import_module("matplotlib.figure"), import_module("matplotlib.backends.backend_agg")
         context = import_module("matplotlib").rc_context
@@ -62,9 +64,9 @@ def heat_map(path: Path, titles: Sequence[str], recommendations: Sequence[str], 
         atomic(path) as temporary,
     ):
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in place of a rare letter will do
-        figure = figures.Figure(figsize=(3.4 + 0.46 * len(columns), 2.6 + 0.36 * len(rows)), layout="constrained")
+        figure = figures.Figure(figsize=(3.8 + 0.46 * len(columns), 2.9 + 0.36 * len(rows)), layout="constrained")
         canvas.FigureCanvasAgg(figure)
-        _draw(figure, rows, columns, values)
+        _draw(figure, list(map(_short, rows)), list(map(_short, columns)), values, left)
         kind = path.suffix.lower()[1:]
         figure.savefig(temporary, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
 
@@ -85,7 +87,7 @@ def bars(console: Console, titles: Sequence[str], importance: ArrayLike, heading
     console : Console
         Where to.
     titles : sequence of str
-        Past events in time order, n; the 20 most recent are shown.
+        Past events in time order, n; the 20 that matter most are shown, the others counted.
     importance : array_like
         ``(n,)`` finite numbers.
     heading : str
@@ -93,7 +95,8 @@ def bars(console: Console, titles: Sequence[str], importance: ArrayLike, heading
     width : int
         Characters of the longest bar.
     """
-    values = _checked(np.asarray(importance)[None], 1, len(titles))[0, -_EVENTS:]
+    values = _checked(np.asarray(importance)[None], 1, len(titles))
+    shown, values = _strongest(values), values[0]
     largest = float(np.abs(values).max()) or 1.0
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", justify="right", style="dim")
@@ -101,18 +104,35 @@ def bars(console: Console, titles: Sequence[str], importance: ArrayLike, heading
     table.add_column("importance", no_wrap=True, min_width=width)
     table.add_column("", justify="right", no_wrap=True)
     room = max(8, min(_TITLE, console.width - width - 19))  # what numbers, bars and gaps leave to titles
-    for back, (title, value) in enumerate(zip(titles[: -_EVENTS - 1 : -1], values[::-1], strict=False), 1):
-        bar = Text(_bar(abs(value) / largest, width), "red" if value < 0 else "green")
-        table.add_row(str(back), Text(_short(title, room)), bar, f"{value:+.3f}")
+    for place in reversed(shown):
+        bar = Text(_bar(abs(values[place]) / largest, width), "red" if values[place] < 0 else "green")
+        title = Text(_short(titles[place], room))
+        table.add_row(str(len(titles) - place), title, bar, f"{values[place]:+.3f}")
     console.print(Padding(Text(heading, "bold"), (0, 1)))
     console.print(table)
+    if weaker := _left(len(titles) - len(shown), "weaker event"):
+        console.print(Padding(Text(weaker, "dim"), (0, 1)))
 
 
-def _draw(figure: Any, rows: list[str], columns: list[str], values: NDArray[np.float64]) -> None:
-    """Rows are recommendations, columns events; one scale for all cells, two-sided where any is negative."""
+def _strongest(values: NDArray[np.float64]) -> list[int]:
+    """Places in time order of the events whose |importance| for any item ``(m, n)`` is largest; ties to the last."""
+    strength = np.abs(values).max(axis=0)[::-1]
+    back = np.argsort(-strength, kind="stable")[:_EVENTS]
+    return sorted((len(strength) - 1 - back).tolist())
+
+
+def _left(many: int, what: str) -> str:
+    return f"{many} {what}{'s' if many > 1 else ''} not shown" if many else ""
+
+
+def _draw(figure: Any, rows: list[str], columns: list[str], values: NDArray[np.float64], left: tuple[str, ...]) -> None:
+    """Rows are recommendations, columns events; one scale for all cells, two-sided where any is negative.
+
+    What there is besides stands in `left`.
+    """
     largest, signed = float(np.abs(values).max()) or 1.0, bool((values < 0).any())
-    digits = 1 if largest >= 1 else 2
-    axes = figure.subplots()
+    digits = 1 if largest >= 1 else 2 if largest >= 0.1 else 3
+    axes, scale = figure.subplots(1, 2, width_ratios=[max(len(columns), 3), 0.25])
     image = axes.imshow(
         values, cmap="RdBu" if signed else "Blues", vmin=-largest if signed else 0.0, vmax=largest, aspect="auto"
     )
@@ -123,18 +143,24 @@ def _draw(figure: Any, rows: list[str], columns: list[str], values: NDArray[np.f
     axes.grid(which="minor", color="white", linewidth=1.5)  # gaps between cells
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("past events, the latest on the right", color="0.35")
-    axes.set_title("What speaks for each recommendation", loc="left", fontweight="bold")
     for (row, column), value in np.ndenumerate(values):
         if abs(value) >= _TOLD * largest:
             shade = "white" if abs(value) > _DARK * largest else "0.2"
-            axes.text(
-                column, row, f"{value:.{digits}f}".replace("-", "−"), ha="center", va="center", fontsize=7, color=shade
-            )
-    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.025, aspect=30)
+            axes.text(column, row, _figure(value, digits), ha="center", va="center", fontsize=7, color=shade)
+    figure.suptitle("What speaks for each recommendation", x=0.01, ha="left", fontsize=10, fontweight="bold")
+    told = ("Importance of past events, the latest on the right", *filter(None, left))
+    figure.supxlabel("\n".join(told), x=0.01, ha="left", fontsize=9, color="0.35")
+    bar, ends = figure.colorbar(image, cax=scale), [-largest, 0, largest] if signed else [0, largest]
     bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=8)
-    bar.set_label("against  ←  importance  →  for" if signed else "importance", color="0.35", fontsize=8)
+    bar.set_ticks(ends, labels=[_figure(end, digits) for end in ends])
+    scale.tick_params(length=0, labelsize=8)
+    scale.set_title("for", color="0.35", fontsize=8)
+    if signed:
+        scale.set_xlabel("against", color="0.35", fontsize=8, labelpad=7)
+
+
+def _figure(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _bar(share: float, width: int) -> str:

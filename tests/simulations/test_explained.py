@@ -8,7 +8,7 @@ from rich.console import Console
 
 from common.errors import UsageError
 from common.loading import parse
-from simulations import rundir
+from simulations import explained, rundir
 from simulations.explained import draw, reasons, row_names
 from simulations.inference import Trained
 from simulations.runner import run
@@ -29,8 +29,8 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
+@pytest.fixture(scope="module", params=["sum", "concatenation", "gate"])
+def films(tmp_path_factory, request):
     """A run on items with titles, of one genre or two, whose vectors are made of these and of a year."""
     folder = tmp_path_factory.mktemp("films")
     rng = np.random.default_rng(0)
@@ -46,7 +46,7 @@ data:
   features:
     source: {folder}/about.csv
     columns: [{{kind: categorical, name: genres, separator: "|"}}, {{kind: numeric, name: year}}]
-model: {{dim: 8, blocks: 1, heads: 2, max_length: 6, items: both}}
+model: {{dim: 8, blocks: 1, heads: 2, max_length: 6, items: both, fusion: {request.param}}}
 federation: {{rounds: 2, cohort: 10}}
 """
     experiment = parse(text)
@@ -85,6 +85,7 @@ def test_each_past_event_has_its_say_about_each_item(place):
         assert all(reason.keys() == {"item", "title"} | KINDS for reason in item["because"])
         assert sum(reason["attention"] for reason in item["because"]) == pytest.approx(1, abs=0.01)
         assert "features" not in item
+        assert item["gap"] < 0.01
     columns = np.array([[reason["importance"] for reason in item["because"]] for item in told])
     assert np.ptp(columns, axis=0).max() > 1e-3  # of another item they say something else
     stranger = trained.stranger([reason["item"] for reason in told[0]["because"]])
@@ -140,6 +141,21 @@ def test_on_the_command_line(place):
     assert (wrong.code, "why.jpg" in wrong.err) == (2, True)
     measured = hushrec(place, "evaluate", "--run", "run", "--explanations", "20", "--json")
     assert json.loads(measured.out)["users"] == 20
+
+
+@pytest.mark.parametrize("more", [{}, {"features": [{"feature": "year", "importance": 0.25}]}])
+def test_a_large_gap_is_warned_of_in_proportion_to_what_is_said(more):
+    because = [
+        {"title": "Heat", "importance": 1.0, "gradients": 2.0},
+        {"title": "Up", "importance": 1, "gradients": -2.0},
+    ]
+    for gap, warned in {0.19: False, 0.21: True}.items():
+        console = Console(record=True, width=300)
+        explained.render(console, [{"title": "Big", "because": because, "gap": gap, **more}])
+        text = console.export_text()
+        assert ("miss 0.210 of 4.000" in text) == warned
+        assert ("hence features" in text) == (warned and bool(more))
+        assert ("By features of all events: year +0.250" in text) == bool(more)
 
 
 def test_nothing_recommended_is_nothing_to_draw(tmp_path):

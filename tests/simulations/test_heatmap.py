@@ -44,13 +44,21 @@ def test_what_speaks_against_is_red():
     assert f"\x1b[32m{'█' * 12}" in console.file.getvalue()
 
 
-def test_bars_of_nothing_of_many_and_of_odd_titles():
+def test_the_strongest_events_have_bars_in_time_order():
+    values = np.array([-100.0, *range(49)])
+    values[7] = -80
+    text = printed([f"film {i} of 50" for i in range(50)], values)
+    rows = [line.split()[:3] for line in text.splitlines() if "█" in line]
+    assert rows == [[str(50 - place), "film", str(place)] for place in [*range(49, 31, -1), 7, 0]]
+    assert "-100.000" in text
+    assert "█" * 24 in text
+    assert "30 weaker events not shown" in text
+    assert "1 weaker event not shown" in printed(["x"] * 21, np.ones(21))
+
+
+def test_bars_of_nothing_and_of_odd_titles():
     assert "█" not in printed(PAST, np.zeros(3))
-    text = printed([f"film {i}" for i in range(50)], [100, *range(49)])
-    assert "film 49" in text
-    assert "film 30" in text
-    assert "film 29" not in text, "the 20 most recent"
-    assert "█" * 24 in text, "and the longest bar is one of theirs"
+    assert "not shown" not in printed(["x"] * 20, range(20))
     text = printed(["[red]Heat[/red]", "x" * 200, "two\nlines"], VALUES[0])
     assert "[red]Heat[/red]" in text
     assert "x…" in text
@@ -99,14 +107,40 @@ def test_a_heat_map_names_all_and_says_every_number_that_counts(drawn):
     assert "against" not in drawn(values=np.abs(VALUES)).decode()
 
 
-def test_the_most_recent_events_and_the_best_items(drawn):
-    text = drawn(
-        past=[f"film {i}" for i in range(30)], recommended=[f"item {i}" for i in range(12)], values=np.eye(12, 30)
-    )
-    for name, there in {"film 9": False, "film 10": True, "film 29": True}.items():
-        assert (f"<!-- {name} -->" in text.decode()) == there
+def test_the_strongest_events_and_the_best_items(drawn):
+    values = np.zeros((12, 30))
+    values[0, 15:], values[9, 3], values[3, 7], values[10, 1] = 0.5, -2, 1, 9
+    text = drawn(past=[f"film {i}" for i in range(30)], recommended=[f"item {i}" for i in range(12)], values=values)
+    named = re.findall(r"<!-- film (\d+) -->", text.decode())
+    assert [*map(int, named)] == [3, 7, *range(12, 30)], "of those that say nothing the latest"
     assert b"item 9  10" in text
     assert b"item 10" not in text
+    assert b"<!-- \xe2\x88\x922.0 -->" in text, "a scale of what is shown"
+    assert b"10 weaker events not shown" in text
+    assert b"2 recommendations not shown" in text
+    assert b"not shown" not in drawn()
+
+
+@pytest.mark.parametrize("events", [1, 5, 50])
+@pytest.mark.parametrize("items", [1, 3, 14])
+def test_all_that_is_written_is_within_the_picture(drawn, monkeypatch, items, events):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text as Written
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), path.touch()))
+    values = -np.random.default_rng(0).gamma(1, 1, (items, events))
+    for titles in ("a long title of thirty-four letters", "X"):
+        drawn(past=[titles] * events, recommended=[titles] * items, values=values)
+        figure = figures.pop()
+        figure.draw_without_rendering()
+        whole, said = figure.bbox.padded(1), [text for text in figure.findobj(Written) if text.get_text()]
+        assert {"for", "against", "What speaks for each recommendation"} <= {text.get_text() for text in said}
+        for text in said:
+            box = text.get_window_extent()
+            assert whole.contains(*box.min), text.get_text()
+            assert whole.contains(*box.max), text.get_text()
 
 
 def test_equal_pictures_are_equal_files(drawn):
