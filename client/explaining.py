@@ -14,9 +14,9 @@ from common.errors import UsageError
 from common.models.attention import split_heads
 from common.models.encoder import encode
 from common.models.items import Mixture
-from common.models.mixing import LIMIT
 from common.models.schema import ModelConfig
 from common.models.scoring import history
+from common.models.target import LIMIT
 from common.models.weights import Weights, named
 
 
@@ -217,8 +217,9 @@ def ends(model: ModelConfig, weights: Weights, past: Past, targets: Tensor) -> T
     """What an event adds as the first and as the last of its history, averaged, ``(C, L)``.
 
     Of the orders in which events could join, whose mean would be the Shapley value (Lundberg & Lee, NIPS 2017), these
-    are the two ends, and all that matters where events act alone or in pairs. In place of no event stands one of the
-    average item. No mean or product with the other two importances was as faithful.
+    are the two ends, and all that matters where events act alone or in pairs. As the first it is compared with what
+    the history's events add on average, since any event at all adds much: that changes signs, and no order. The only
+    event is compared with one of the average item. No mean or product with the other two importances was as faithful.
 
     Parameters
     ----------
@@ -231,10 +232,11 @@ def ends(model: ModelConfig, weights: Weights, past: Past, targets: Tensor) -> T
     many, goals = past.pick(user), targets[user]
     blank, usual = past.only(torch.arange(length) < 1), weights.table.mean(0, keepdim=True)
     nothing = log_probability(model, weights, blank._replace(items=torch.zeros_like(blank.items)), targets, usual)
-    alone = log_probability(model, weights, many.only(one), goals) - nothing[user]
+    alone = log_probability(model, weights, many.only(one), goals)
     without, rest = nothing[user], many.lengths > 1
+    usually = nothing.index_add(0, user[rest], (alone - nothing[user])[rest] / many.lengths[rest])  # (C,)
     without[rest] = log_probability(model, weights, many.pick(rest).only(~one[rest]), goals[rest])
     whole = log_probability(model, weights, past, targets)
     found = torch.zeros(past.items.shape)
-    found[user, place] = (alone + whole[user] - without) / 2
+    found[user, place] = (alone - usually[user] + whole[user] - without) / 2
     return found

@@ -18,9 +18,10 @@ from common.models.fronts import convolved
 from common.models.inputs import Moments, embedded
 from common.models.last import buckets_of_last, weights_of_last
 from common.models.linear import layer_norm, linear
-from common.models.mixing import FLOOR, LIMIT, interval_buckets
+from common.models.mixing import FLOOR, interval_buckets
 from common.models.personal import personalised
 from common.models.schema import BehaviourInput, Linear, Local, ModelConfig, TimeAware
+from common.models.target import LIMIT
 from common.models.weights import Weights, named
 
 STRIDE = 8
@@ -254,7 +255,7 @@ class Session:
         return mixed
 
     def _look(self, hidden: Tensor) -> None:
-        """Let every item look at new positions, ``(1, n, D)``: `common.models.mixing.target_scores`, one more term."""
+        """Let every item look at new positions, ``(1, n, D)``: `common.models.target.target_scores`, one more term."""
         for part in hidden.split(STRIDE, dim=1):
             pair = (linear(part, self._target[f"{name}.weight"]) for name in ("key", "value"))
             key, value = (split_heads(x, self.model.heads)[0] for x in pair)  # (H, n, K); √D / √K is √H

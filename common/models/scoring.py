@@ -8,8 +8,8 @@ from torch import Tensor
 
 from common.models.attention import split_heads
 from common.models.linear import linear
-from common.models.mixing import target_scores, target_scores_each, target_scores_last
 from common.models.schema import ModelConfig
+from common.models.target import target_scores, target_scores_each, target_scores_last
 
 
 class History(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from common.models.mixing import target_scores, target_scores_last
+from common.models.target import target_scores, target_scores_last
 
 C, H, L, K, N = 3, 2, 7, 4, 6
 
