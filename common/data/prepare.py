@@ -129,7 +129,7 @@ def _write_table(config: DataConfig, draft: Path) -> dict[str, Any]:
     frame = rules.kept(config, whole)
 
     catalogue = frame.select("item", *(["domain"] if "domain" in frame.columns else []))
-    # By id, numbers before names: the catalogue is public, and in the order of events it would tell the first histories.
+    # By id, numbers before names: the catalogue is public, and in the order of events it would tell first histories.
     number = pl.col("item").cast(pl.Int64, strict=False)
     catalogue = catalogue.unique("item").sort(number, "item", nulls_last=True)
     numbers = catalogue.select("item", pl.int_range(pl.len(), dtype=pl.Int32).alias("number"))
