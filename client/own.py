@@ -5,6 +5,7 @@ So a user's numbers are looked up by round, never merely the latest; a resume fo
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,12 @@ from common.models.personal import Ints, Kept, kept_columns
 from common.models.weights import initialise
 from common.wire import arrays
 
-OWN_FILE = "on-device.bin"
+OWN_FILE = "devices/on-device.bin"
 """In a run directory: all users' own parameters, of a simulation."""
+_WARNING = """\
+What the devices of a simulation keep to themselves: numbers of single users, by round, without any noise.
+They are no result of the run and no part of what a privacy mode releases: do not publish this folder.
+"""
 RECORD = "on-device"
 """Record of a Flower context's state."""
 
@@ -35,7 +40,7 @@ class Own:
     first, users : int
         Numbers of the users who live here.
     path : Path, optional
-        A file that is appended to and read on opening; without one all stays in memory.
+        A file that is appended to and read on opening, in a folder of its own; without one all stays in memory.
 
     Raises
     ------
@@ -92,7 +97,9 @@ class Own:
             self.begin(round_)
             self._enter(new)
             if self._path is not None:
-                with self._path.open("ab") as file:
+                if not self._path.exists():
+                    _make_room(self._path.parent)
+                with open(self._path, "ab", opener=partial(os.open, mode=0o600)) as file:
                     file.write(new.tobytes())
                     file.flush()
                     os.fsync(file.fileno())
@@ -190,6 +197,12 @@ class Own:
         whole = len(data) // self._kind.itemsize * self._kind.itemsize  # killed while it wrote, the last may be cut
         self._enter_all(np.frombuffer(data[:whole], dtype=self._kind))
         self._reopened = True
+
+
+def _make_room(folder: Path) -> None:
+    """Make the folder that stands for devices, for nobody else to look into."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / "README.txt").write_text(_WARNING)
 
 
 def recalled(device_own: Own, context: Context, users: range) -> Own:

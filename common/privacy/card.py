@@ -9,6 +9,8 @@ from common.privacy.devices import device_card, planned_participations
 from common.privacy.plan import Terms, rankings, settle, trainees
 from common.privacy.schema import UserLevel, on_device
 
+STAYS = "Numbers that stay on the devices are not part of the release; do not publish devices/."
+"""Of `federation.on_device` in a simulation, whose run directory has them without noise."""
 NOISY = 2.0
 """Noise/C on the mean update beyond which little can be learnt."""
 
@@ -37,7 +39,8 @@ def card(
         As in `privacy.json`. `epsilon` is of everything that is released, for the users there really are;
         `epsilon_metrics` of the metrics alone (null: unaccounted); `noise_over_clip` the expected norm of the noise on
         the mean update over C, and `snr` its inverse, an upper bound. `clipped_share` is filled in by a run that may
-        tell it. What devices do beside a trusted server stands under `on_device`, a card of its own.
+        tell it. What devices do beside a trusted server stands under `on_device`, a card of its own; `stays` says what
+        is in no account, since it never leaves them.
     """
     unaccounted = experiment.evaluation.privacy == "unaccounted"
     devices = (
@@ -74,6 +77,7 @@ def card(
         "clipped_share": None,
         "hypothetical": hypothetical if privacy.population else None,
         "on_device": devices,
+        "stays": STAYS if experiment.federation.on_device else None,
     }
 
 
@@ -102,6 +106,8 @@ def advice(facts: dict[str, Any]) -> list[str]:
         )
     if facts["metrics"] == "unaccounted":
         lines.append("Metrics are not accounted for: right for a simulation, not for people's data.")
+    if facts.get("stays"):
+        lines.append(facts["stays"])
     if facts["rng"] == "reproducible":
         lines.append(
             "Noise is reproducible: who knows the seed can take it away; set privacy.rng=secure for people's data."

@@ -183,6 +183,13 @@ def test_a_file_holds_every_entry(path):
     assert had(opened(path), 2) == [1, None, None, 2]
 
 
+def test_a_file_is_nobody_elses_and_no_result(path):
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.name == "devices"
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert "do not publish this folder" in (path.parent / "README.txt").read_text()
+
+
 @pytest.mark.parametrize("bytes_", [1, 8, ENTRY - 1])
 def test_a_half_written_entry_is_cut_off(path, bytes_):
     whole = path.read_bytes()
@@ -217,7 +224,7 @@ def test_what_is_no_file_of_these_users_is_refused(path):
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path):
     with pytest.raises(StateError, match="Is a directory"):
         opened(tmp_path)
-    own = opened(tmp_path / "gone" / "own")
+    own = opened(tmp_path / "gone" / OWN_FILE)
     with pytest.raises(StateError, match="No such file"):
         keep(own, 1, u3=1)
 
