@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecordValu
 from client.device import Device
 from client.noised import Noised
 from client.training import Updates
+from client.tuning import judged
 from common.data.sequences import Split
 from common.models.weights import Weights
 from common.privacy.devices import settle
@@ -98,12 +99,11 @@ def handle_evaluate(messages: Sequence[Message], users: Sequence[int], device: D
         weights = unpack(record(first, MODEL, ArrayRecord))
         split: Split = "test" if record(first, ROUND, ConfigRecord)["split"] == "test" else "validation"
         round_ = int(str(record(first, ROUND, ConfigRecord)["round"]))
-        own = {} if device.own is None else {"own": device.own.before(cohort, round_ + 1)}
-        ranking = device.ranker(device.experiment, weights, device.sequences, cohort, split, **own)
+        kept = device.own if device.experiment.told_as_is else None
+        own = {} if kept is None else {"own": kept.before(cohort, round_ + 1)}
+        ranking = device.ranker(judged(device.experiment), weights, device.sequences, cohort, split, **own)
         for i, user, *ranks in zip(asked, cohort, *ranking, strict=True):
             told = {name: float(rank) for name, rank in zip(RANKS, ranks, strict=True) if not np.isnan(rank)}
-            if not device.experiment.told_as_is:  # nobody may be told of the others
-                told = {name: told[name] for name in RANKS[:1] if name in told}
             replies[i] = _metrics_reply(messages[i], {"user": int(user), **told})
     return _complete(messages, replies)
 

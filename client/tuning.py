@@ -30,6 +30,14 @@ class Personal(NamedTuple):
         return bodies(experiment.model, self.patterns, body, self.kept.of(users).values)
 
 
+def judged(experiment: Experiment) -> Experiment:
+    """What a ranking is asked for: of ranks that nobody may be told, as under noised metrics, none are made."""
+    if experiment.told_as_is:
+        return experiment
+    evaluation = experiment.evaluation.model_copy(update={"fine_tune": None, "sampled": None})
+    return experiment.model_copy(update={"evaluation": evaluation})
+
+
 def personal(
     experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints, own: Kept | None
 ) -> Personal | None:

@@ -261,7 +261,7 @@ def _validate(grid: Grid, strategy: FederatedRanking, state: State) -> dict[str,
     began = time.perf_counter()
     ranks, lost = _rank(grid, strategy, state.round, "validation")
     figures = strategy.quality(ranks, state.round)
-    # Where parameters stay on devices nobody uses the model without them.
+    # Where parameters stay on devices nobody uses the model without them; with noised metrics only it is told of.
     kept = bool(strategy.experiment.federation.on_device)
     chosen = f"{SELECT}|personal" if kept and f"{SELECT}|personal" in figures else SELECT
     if lost > 1 - strategy.experiment.federation.replies.quorum + 1e-9 and not strategy.curator.noised:

@@ -26,6 +26,7 @@ from client.evaluation import rank
 from client.noised import Noised
 from client.rows import Ints
 from client.training import Updates
+from client.tuning import judged
 from common.config import Experiment
 from common.data.sequences import Sequences, Split
 from common.errors import StateError
@@ -88,7 +89,7 @@ class Worker:
 
     def rank(self, weights: Weights, users: Ints, split: Split, own: Floats | None = None) -> Ranking:
         """Ranks of held-out items."""
-        return rank(self.experiment, weights, self.sequences, users, split, _kept(users, own))
+        return rank(judged(self.experiment), weights, self.sequences, users, split, _kept(users, own))
 
     def _trained(
         self, weights: Weights, users: Ints, round_: int, clip: float | None, own: Floats | None

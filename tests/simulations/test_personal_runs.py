@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from client import tuning
 from client.batches import windows
 from client.device import Device
 from client.evaluation import final_scores, rank
@@ -23,6 +24,7 @@ from common.errors import Interrupted
 from common.metrics import point
 from common.models.personal import Kept, kept_columns
 from common.models.weights import named
+from common.privacy.card import STAYS, advice, planned
 from server.rounds import serve
 from server.strategy import FederatedRanking
 from simulations import rundir
@@ -31,6 +33,7 @@ from simulations.grid import InProcessGrid
 from simulations.inference import Trained
 from simulations.report import render
 from simulations.runner import run
+from simulations.workers import Worker
 from tests.support import world
 from tests.support.network import SHARDS, Clock, Network
 from tests.support.runs import metrics
@@ -219,6 +222,38 @@ def test_an_early_round_that_was_chosen_is_looked_up_on_devices_too(tmp_path, mo
     else:
         other, _ = played(experiment("sequential", **few))
     assert_same((other, []), (plain, []), 1e-4)
+
+
+# --- under user-level privacy ----------------------------------------------------------------------------------------
+
+PRIVATE = {
+    "privacy": {"kind": "user-level", "rng": "reproducible", "noise_multiplier": 1.0},
+    "federation": {"sampling": "poisson", "weighting": "uniform"},
+}
+
+
+@pytest.mark.parametrize("metrics", ["noised", "public-holdout", "unaccounted"])
+def test_what_nobody_may_be_told_no_device_works_out(metrics, monkeypatch):
+    given = experiment(tuned=True, evaluation={"privacy": metrics}, **PRIVATE)
+    device, tuned = opened(given), []
+    train = tuning.train
+    monkeypatch.setattr(tuning, "train", lambda *args, **options: tuned.append(1) or train(*args, **options))
+    worker = Worker(given.model_dump_json(), str(device.sequences.folder))
+    found = [worker.rank(world.weights(given.model, 20), USERS, "test")]
+    lines = []
+    found.append(play(device, partial(serve, experiment=given, folder=None, observe=lines.append)).test)
+    for ranks in found:
+        assert np.isfinite(ranks.full).any()
+        assert np.isfinite(ranks.personal).any() == np.isfinite(ranks.sampled).any() == (metrics == "unaccounted")
+    assert bool(tuned) == (metrics == "unaccounted")
+    assert any("ndcg@10|personal" in line for line in lines) == (metrics == "unaccounted")
+    assert (device.own.before(USERS, 7).values != device.own.before(USERS, 1).values).any()
+
+
+def test_the_card_says_what_is_in_no_account():
+    for kept, said in (("user.*",), 1), ((), 0):
+        facts = planned(experiment(on_device=kept, tuned=True, **PRIVATE), 12, 600)
+        assert [STAYS in advice(facts), facts["stays"] == STAYS] == [said, said]
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
