@@ -6,15 +6,14 @@ Everything under ``runtime`` may change speed and place but never a result; it i
 
 import hashlib
 import json
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from common.agreement import check
 from common.loss import LossConfig, SoftmaxLoss
 from common.models.schema import ModelConfig
-from common.models.shapes import ITEM_TABLE, parameter_shapes
-from common.privacy.schema import ExampleLevel, NoPrivacy, PrivacyConfig, UserLevel, on_device
+from common.privacy.schema import NoPrivacy, PrivacyConfig
 from common.robustness import AggregationConfig, MeanAggregation
 from common.section import Natural, Positive, Rate, Section, Share
 from common.sources import DataConfig
@@ -246,89 +245,8 @@ class Experiment(Section):
         return self.privacy.kind == "none" or self.evaluation.privacy == "unaccounted"
 
     @model_validator(mode="after")
-    def _items_are_known(self) -> "Experiment":
-        if self.model.items != "own" and not self.data.features.columns:
-            raise ValueError(f"model.items {self.model.items} needs data.features.columns: what is known of items")
-        return self
-
-    @model_validator(mode="after")
-    def _something_is_new(self) -> "Experiment":
-        if self.evaluation.new_place is not None and not self.data.cold:
-            raise ValueError("evaluation.new_place is for items that training never saw; data.cold says how many")
-        return self
-
-    @model_validator(mode="after")
-    def _patterns_name_something(self) -> "Experiment":
-        names = [name for name in parameter_shapes(self.model, 1) if name != ITEM_TABLE]
-        tuning = self.evaluation.fine_tune
-        sections = {"federation.on_device": self.federation.on_device}
-        sections |= {} if tuning is None else {"evaluation.fine_tune.parameters": tuning.parameters}
-        for key, patterns in sections.items():
-            for pattern in patterns:
-                if fnmatchcase(ITEM_TABLE, pattern):
-                    raise ValueError(f"{key}: {pattern!r} takes in the item table, which all share")
-            idle = [each for each in patterns if not any(fnmatchcase(name, each) for name in names)]
-            if idle and (key == "federation.on_device" or len(idle) == len(patterns)):  # what stays is a promise
-                known = ", ".join(names)
-                raise ValueError(f"{key}: {', '.join(idle)} names no parameter; there are {known}")
-        device = on_device(self.privacy)
-        if self.federation.on_device and device is not None:
-            raise ValueError(f"privacy.kind {device.kind} knows no federation.on_device; leave one of them away")
-        return self
-
-    @model_validator(mode="after")
-    def _robustness_makes_sense(self) -> "Experiment":
-        """What an aggregation rule cannot work with is refused."""
-        federation, kind = self.federation, self.federation.aggregation.kind
-        if kind == "mean" and federation.norm_bound is None:
-            return self
-        said = "federation.norm_bound " if kind == "mean" else f"federation.aggregation {kind} "
-        if not isinstance(self.privacy, NoPrivacy):
-            raise ValueError(
-                said + f"and privacy.kind {self.privacy.kind}: no such sum is in any account; a clip bounds"
-            )
-        if kind == "mean":
-            return self
-        if federation.norm_bound is not None:
-            raise ValueError(said + "bounds what an update may do in its own way; leave federation.norm_bound away")
-        if self.loss.kind != "softmax":
-            raise ValueError(said + "needs loss.kind=softmax: the median of rows that most users do not send is zero")
-        if federation.shards != "users":
-            raise ValueError(said + "needs federation.shards=users: it looks at single updates")
-        return self
-
-    @model_validator(mode="after")
-    def _promises_hold(self) -> "Experiment":
-        """What would make the account of a privacy mode a false one is refused."""
-        privacy, federation = self.privacy, self.federation
-        if isinstance(privacy, NoPrivacy):
-            return self
-        said, device = f"privacy.kind {privacy.kind} ", on_device(privacy)
-        if federation.replies.oversample:
-            raise ValueError(
-                said + "takes no federation.replies.oversample: who takes part how often is in the account"
-            )
-        if federation.weighting != "uniform":
-            raise ValueError(said + "needs federation.weighting=uniform: weighed by events, one user passes the bound")
-        if isinstance(device, ExampleLevel) and (federation.local.epochs or federation.local.prox):
-            raise ValueError("privacy.kind example-level takes federation.local.steps; epochs and prox are not for it")
-        if isinstance(device, ExampleLevel) and not self.model.plain:
-            raise ValueError("privacy.kind example-level takes the plain model: Opacus has no hooks for other layers")
-        if isinstance(device, ExampleLevel) and (self.data.target or self.data.many_domains):
-            raise ValueError("privacy.kind example-level knows neither data.target nor several domains")
-        if isinstance(device, ExampleLevel) and device.segment > self.model.max_length + 1:
-            raise ValueError("privacy.kind example-level has segments longer than what the model sees, max_length + 1")
-        if device is not None and self.evaluation.privacy == "noised":
-            raise ValueError(
-                f"privacy.kind {device.kind} needs evaluation.privacy=public-holdout, or unaccounted in a simulation: "
-                "noise that the server adds does not protect ranks from the server"
-            )
-        if not isinstance(privacy, UserLevel):
-            return self
-        if federation.sampling != "poisson":
-            raise ValueError(said + "needs federation.sampling=poisson: a cohort of fixed size has no such account")
-        if privacy.cap is not None and privacy.cap < federation.cohort:
-            raise ValueError(said + "has a cap below federation.cohort, which is the mean size of a round")
+    def _sections_agree(self) -> "Experiment":
+        check(self)
         return self
 
 

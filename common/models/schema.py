@@ -200,15 +200,19 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _own_rows_are_there(self) -> "ModelConfig":
-        if self.own_dropout and self.items != "both":
-            raise ValueError(f"own_dropout is for items: both; with items: {self.items} it does nothing")
-        return self
-
-    @model_validator(mode="after")
-    def _there_is_something_to_fuse(self) -> "ModelConfig":
-        if self.fusion != "sum" and self.items == "own":
-            raise ValueError(f"fusion {self.fusion} is for items that are built; items: own have one vector")
+    def _keys_are_heard(self) -> "ModelConfig":
+        # Sizes (blocks, heads, ffn) are not among them, so that one file serves to compare encoders.
+        needed = {
+            "attention": (self.attends > 0, "an encoder with blocks of attention; gru has none"),
+            "start": (self.attends > 0, "an encoder with blocks of attention; gru has none"),
+            "kernel": (self.encoder == "cnn-attention", "encoder: cnn-attention"),
+            "recency": (self.position == "recency", "position: recency"),
+            "own_dropout": (self.items == "both", "items: both"),
+            "fusion": (self.items != "own", "items that are built; items: own have one vector"),
+        }
+        for key, (heard, what) in needed.items():
+            if not heard and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for {what}; take that, or leave {key} away")
         return self
 
     @model_validator(mode="after")

@@ -139,5 +139,18 @@ def test_equal_gates_are_a_sum(files):
 
 
 def test_there_must_be_something_to_fuse():
-    with pytest.raises(ValueError, match="fusion gate is for items that are built"):
+    with pytest.raises(ValueError, match="fusion is for items that are built"):
         world.experiment(model={"fusion": "gate"})
+
+
+@pytest.mark.parametrize(("items", "parts"), [("features", 3), ("both", 4)])
+def test_side_by_side_there_is_a_column_for_each(files, items, parts):
+    given = setup(files, "concatenation", items).model_dump()
+    for dim in (parts, parts - 1):
+        narrow = {**given, "model": {**given["model"], "heads": 1, "dim": dim}}
+        if dim == parts:
+            experiment = Experiment.model_validate(narrow)
+            assert mixture_of(experiment, prepare(experiment.data)).columns(dim).any(1).all()
+        else:
+            with pytest.raises(ValueError, match=rf"{parts} vectors side by side in model.dim={dim}.*dim={parts} or"):
+                Experiment.model_validate(narrow)

@@ -47,6 +47,8 @@ def case(loss="softmax", local="one step", patterns=("user.*",), lr=OWN_LR, pers
         loss=world.LOSSES[loss],
         model={"blocks": 2, "max_length": LONGEST, "personal": personal},
         federation={"local": local, "on_device": list(patterns), "on_device_lr": lr, **sections.pop("federation", {})},
+        # Fine-tuned, so that what is personal is somebody's, whatever stays.
+        evaluation={"fine_tune": {}, **sections.pop("evaluation", {})},
         **sections,
     )
 
@@ -330,6 +332,26 @@ def test_what_names_nothing_is_refused(pattern):
     ):
         with pytest.raises(ValidationError, match=f"{key}: .* names no parameter; there are .*norm.weight"):
             world.experiment(**section)
+
+
+@pytest.mark.parametrize(
+    ("sections", "shared"),
+    [
+        ({}, "user.bias"),
+        ({"federation": {"on_device": ["norm.*"]}}, "user.bias"),
+        ({"federation": {"on_device": ["user.bias"]}}, "user.scale"),
+        ({"evaluation": {"fine_tune": {"parameters": ["norm.*", "user.b*"]}}}, "user.scale"),
+        ({"federation": {"on_device": ["user.bias"]}, "evaluation": {"fine_tune": {"parameters": ["*.scale"]}}}, None),
+        ({"evaluation": {"fine_tune": {}}}, None),
+    ],
+)
+def test_what_is_personal_is_somebodys(sections, shared):
+    sections = {"model": {"personal": ["bias", "scale"]}, **sections}
+    if shared is None:
+        world.experiment(**sections)
+    else:
+        with pytest.raises(ValidationError, match=f"all would share {shared}; put user.* into federation.on_device"):
+            world.experiment(**sections)
 
 
 def test_what_is_personal_comes_once():

@@ -24,7 +24,7 @@ def case(personal=PERSONAL, **model):
 @pytest.mark.parametrize("head", ["dot-product", "target"])
 @EACH
 def test_what_is_personal_begins_without_effect(personal, head):
-    plain, more = (world.experiment(model={"head": head, "personal": p}).model for p in ([], personal))
+    plain, more = world.experiment(model={"head": head}).model, case(personal, head=head).model
     one, other = initialise(plain, ITEMS, 7), initialise(more, ITEMS, 7)
     assert torch.equal(one.table, other.table)
     assert torch.equal(one.body, other.body[: len(one.body)])
@@ -74,8 +74,7 @@ def test_personal_by_hand():
 @pytest.mark.parametrize("head", ["dot-product", "target"])
 @pytest.mark.parametrize("encoder", ["attention", "gru"])
 def test_a_session_is_a_full_pass(encoder, head):
-    model = {"personal": PERSONAL, "encoder": encoder, "head": head}
-    config = world.experiment(model=model).model
+    config = case(encoder=encoder, head=head).model
     weights, items = world.weights(config, ITEMS), HISTORY[:10]
     session = Session(config, weights)
     for n, item in enumerate(items, start=1):

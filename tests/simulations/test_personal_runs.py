@@ -42,13 +42,16 @@ ENGINES = {"vectorized": {}, "sequential": {"engine": "sequential"}, "workers": 
 HERE = pytest.mark.parametrize("engine", ["vectorized", "sequential"])
 TUNING = {"parameters": ["user.*", "norm.*"], "steps": 3, "lr": 1.0}
 USERS = np.arange(12)
+PERSONAL = ("bias", "scale")
 
 
 class KilledError(Exception):
     """As a killed process, without the process."""
 
 
-def experiment(engine="vectorized", rounds=6, tuned=False, on_device=("user.*", "norm.bias"), **sections):
+def experiment(
+    engine="vectorized", rounds=6, tuned=False, on_device=("user.*", "norm.bias"), personal=PERSONAL, **sections
+):
     evaluation = {
         "every": 3,
         "sampled": 5,
@@ -59,7 +62,7 @@ def experiment(engine="vectorized", rounds=6, tuned=False, on_device=("user.*", 
     federation |= {"on_device_lr": 1.0, "optimizer": {"kind": "fedadam", "lr": 0.05}}
     return world.experiment(
         loss=world.LOSSES["sampled-softmax"],
-        model={"personal": ["bias", "scale"]},
+        model={"personal": list(personal)},
         federation=federation | sections.pop("federation", {}),
         evaluation=evaluation,
         runtime={"checkpoint_every": 3, **ENGINES[engine], **sections.pop("runtime", {})},
@@ -260,7 +263,7 @@ def test_the_card_says_what_is_in_no_account():
 
 
 def test_fine_tuning_changes_no_global_figure():
-    (with_, own), (without, _) = (whole(experiment(tuned=tuned, on_device=[])) for tuned in (True, False))
+    (with_, own), (without, _) = (whole(experiment(tuned=tuned, on_device=[], personal=[])) for tuned in (True, False))
     assert own == []
     assert world.same(with_.weights, without.weights)
     assert with_.best_round == without.best_round
@@ -277,7 +280,8 @@ def test_fine_tuning_changes_no_global_figure():
 @pytest.mark.parametrize("kept", [(), ("user.*",)])
 def test_what_is_named_moves_by_plain_steps_and_nothing_else(steps, kept):
     tuning = {"parameters": ["norm.*"], "steps": steps, "lr": 0.2}
-    given = experiment(on_device=kept, evaluation={"fine_tune": tuning}, federation={"local": {"steps": 4, "lr": 9.0}})
+    sections = {"evaluation": {"fine_tune": tuning}, "federation": {"local": {"steps": 4, "lr": 9.0}}}
+    given = experiment(on_device=kept, personal=PERSONAL if kept else (), **sections)
     device, weights = opened(given), world.weights(given.model, 20)
     given = device.experiment
     before = [part.clone() for part in weights]

@@ -272,7 +272,7 @@ def test_recency_needs_scores_to_bias(kind):
 def test_recency_is_no_matter_for_attention_that_a_gru_does_not_have():
     with pytest.raises(ValueError, match=r"position recency .* gru"):
         model({"encoder": "gru", "position": "recency", "attention": {"kind": "additive"}})
-    assert not model({"encoder": "gru", "attention": {"kind": "time-aware"}}).timed
+    assert not model({"encoder": "gru"}).timed
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, "target"])
@@ -291,6 +291,26 @@ def test_examples_are_protected_in_the_plain_model_only(kind, curator):
     else:
         with pytest.raises(ValueError, match=r"privacy\.kind example-level takes the plain model"):
             world.experiment(**sections)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"encoder": "gru", "attention": {"kind": "top-k"}}, "attention"),
+        ({"encoder": "gru", "head": "target", "attention": {"kind": "linear"}}, "attention"),
+        ({"encoder": "gru", "start": "mean"}, "start"),
+        ({"kernel": 5}, "kernel"),
+        ({"encoder": "gru-attention", "kernel": 5}, "kernel"),
+        ({"recency": 0.3}, "recency"),
+        ({"own_dropout": 0.3}, "own_dropout"),
+        ({"items": "features", "own_dropout": 0.3}, "own_dropout"),
+        ({"fusion": "gate"}, "fusion"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(section, key):
+    with pytest.raises(ValueError, match=rf"Value error, {key} is for .*; take that, or leave {key} away"):
+        model(section)
+    model({**section, key: ModelConfig.model_fields[key].default})
 
 
 @pytest.mark.parametrize(
