@@ -23,18 +23,23 @@ def data_prepare(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("describe")
 def data_describe(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Count users, items and events, as read and after the filters."""
+    """Count users, items and events, as read and after the filters, and the items that each feature knows."""
+    from common.data.itemrows import known
     from common.data.prepare import bad_rows, describe, prepare
 
     data = read_experiment(config, overrides).data
-    facts = describe(data)
-    note(bad_rows(prepare(data)))
+    folder = prepare(data)
+    features = known(folder)
+    facts = describe(data) | ({"features": features} if features else {})
+    note(bad_rows(folder))
     if as_json:
         print_json(facts)
     else:
         from simulations.report import render_data
 
         render_data(Screen(), facts)
+        for name, items in features.items():
+            typer.echo(f" feature {name}: known of {items:,} of {facts['kept']['items']:,} items")
 
 
 @app.command("download")

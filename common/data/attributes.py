@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from common.data import folder as disk
 from common.data import text
 from common.data.catalogue import Catalogue
 from common.data.names import unknown
@@ -18,6 +17,8 @@ from common.errors import DataError
 from common.features import ItemFeatures, VectorsFeature
 from common.files import read_json
 
+CATALOGUE = "data.features.columns: the catalogue"
+"""What its columns are called in a message; the file is a draft that will be gone."""
 _FAULTS = (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException)
 
 
@@ -71,7 +72,7 @@ def gather(catalogue: Catalogue, config: ItemFeatures) -> dict[str, Column]:
         If a file cannot be read or is not of the form described in `ItemFeatures`, if a column is missing, if an item
         comes twice, or if no item of a file is one of the catalogue's.
     """
-    table, place = catalogue.table, str(catalogue.folder / disk.CATALOGUE)
+    table = catalogue.table
     wanted = [feature.read for feature in config.columns if not isinstance(feature, VectorsFeature)]
     source, found = pl.DataFrame(), Path()
     if config.source is not None:
@@ -85,11 +86,12 @@ def gather(catalogue: Catalogue, config: ItemFeatures) -> dict[str, Column]:
         elif feature.read in source.columns:
             values, at = source[feature.read], str(found)
         elif feature.read in table.columns:
-            values, at = table[feature.read], place
+            values, at = table[feature.read], CATALOGUE
         else:
             known = list(dict.fromkeys(source.columns + table.columns))
-            at = str(found) if config.source else place
-            raise DataError(f"{at}: {unknown('column', feature.read, known)}")
+            if config.source is None:
+                raise DataError(f"{CATALOGUE} has no column {feature.read!r}; it has {', '.join(map(repr, known))}")
+            raise DataError(f"{found}: {unknown('column', feature.read, known)}")
         columns[feature.name] = Column(values.alias(feature.read), table["item"], at)
     return columns
 
@@ -99,7 +101,7 @@ def files(config: ItemFeatures) -> list[Path]:
     named = [] if config.source is None else [("source", config.source)]
     named += [("columns.path", feature.path) for feature in config.columns if isinstance(feature, VectorsFeature)]
     found = [_find(key, path) for key, path in named]
-    return found + [path.with_suffix(".items") for path in found if path.suffix == ".npy"]
+    return found + [_beside(path) for path in found if path.suffix == ".npy"]
 
 
 def _find(key: str, path: str) -> Path:
@@ -107,6 +109,14 @@ def _find(key: str, path: str) -> Path:
     found = resolve(path, place)
     if not found.is_file():
         raise DataError(f"{place}: {found} is no file; name one")
+    return found
+
+
+def _beside(path: Path) -> Path:
+    """The file that says whose the rows of an array are."""
+    found = path.with_suffix(".items")
+    if not found.is_file():
+        raise DataError(f"{found}: is not there; {path.name} needs it: the id of each row's item, one a line")
     return found
 
 
@@ -178,7 +188,7 @@ def _vectors(items: pl.Series, path: Path) -> pl.Series:
         raise DataError(f"cannot read {path}: {error}") from None
     if not isinstance(matrix, np.ndarray):
         raise DataError(f"{path} is an archive of arrays (.npz); save the one array as .npy")
-    beside = path.with_suffix(".items")
+    beside = _beside(path)
     ids = text.lines(text.decode(beside))["text"]
     if matrix.ndim != 2 or matrix.dtype.kind not in "fiu" or len(matrix) != len(ids) or not matrix.size:
         expected = f"one row of numbers for each of the {len(ids)} lines of {beside.name}"

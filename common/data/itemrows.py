@@ -15,7 +15,7 @@ from common.data import folder as disk
 from common.data.catalogue import Catalogue
 from common.data.encoders.encoded import Bags
 from common.errors import DataError
-from common.files import write_json
+from common.files import read_json, write_json
 
 if TYPE_CHECKING:
     from common.data.features import Features
@@ -115,6 +115,33 @@ def load(folder: Path) -> ItemRows | None:
     if not sound:
         raise disk.damaged(folder, "its items' features do not fit one another")
     return ItemRows(offsets, rows, weights, groups)
+
+
+def known(folder: Path) -> dict[str, int]:
+    """How many items of a prepared folder each feature knows something of, by its name.
+
+    Raises
+    ------
+    DataError
+        As in `load`, or where what was fitted is damaged.
+    """
+    made = load(folder)
+    if made is None:
+        return {}
+    fitted, items, begin = read_json(folder / FITTED, DataError), len(made.offsets) - 1, 0
+    owners, found = np.repeat(np.arange(items), np.diff(made.offsets)), {}
+    try:
+        names = [(column["name"], column["kind"]) for column in fitted["columns"]]
+        for (name, kind), size in zip(names, made.groups, strict=True):
+            end = begin + size
+            if kind in {"numeric", "vectors"}:  # whose last row says that the item is missing
+                found[name] = items - int((made.rows == end - 1).sum())
+            else:
+                found[name] = len(np.unique(owners[(made.rows >= begin) & (made.rows < end)]))
+            begin = end
+    except (TypeError, KeyError, ValueError) as fault:
+        raise disk.damaged(folder, f"{FITTED} does not fit its features") from fault
+    return found
 
 
 def table_rows(experiment: Experiment, catalogue: Catalogue) -> int:

@@ -120,6 +120,15 @@ def test_prepare_and_describe(place):
     assert f"{facts['events']:,}" in said(place, "data", "describe", "tiny.yaml")
 
 
+def test_describe_tells_how_many_items_a_feature_knows(tmp_path):
+    (tmp_path / "events.txt").write_text("1 a\n1 b\n2 c\n")
+    (tmp_path / "about.csv").write_text("item,price\na,1\nc,\n")
+    about = "{source: about.csv, columns: [{kind: numeric, name: price}]}"
+    (tmp_path / "shop.yaml").write_text(f"name: shop\ndata: {{kind: pairs, path: events.txt, features: {about}}}\n")
+    assert asked(tmp_path, "data", "describe", "shop.yaml")["features"] == {"price": 1}
+    assert "feature price: known of 1 of 3 items" in said(tmp_path, "data", "describe", "shop.yaml")
+
+
 # --- run ------------------------------------------------------------------------------------------------------------
 
 FIGURE = {"value", "low", "high"}

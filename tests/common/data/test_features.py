@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
+from common.data import itemrows
 from common.data.attributes import Column
 from common.data.catalogue import Catalogue
 from common.data.encoders import words
@@ -145,7 +146,7 @@ def test_damaged_binary(shop, tmp_path, name):
 def test_npy_needs_its_items(shop, tmp_path):
     np.save(tmp_path / "v.npy", np.ones((2, 3)))
     feature = {"kind": "vectors", "name": "x", "path": "v.npy"}
-    with pytest.raises(DataError, match=r"v\.items: no such file"):
+    with pytest.raises(DataError, match=r"v\.items: is not there; v\.npy needs it: the id of each"):
         shop(feature)
     (tmp_path / "v.items").write_text("a\nb\nc\n")
     with pytest.raises(DataError, match=r"is float64 \(2, 3\), expected one row of numbers for each of the 3 lines"):
@@ -177,6 +178,44 @@ def test_a_source_goes_before_the_catalogue(source, tmp_path, monkeypatch):
     found = fit(catalogue, ItemFeatures(columns=columns, source="s.tsv"))
     assert (found["title"].vocabulary, bags(found["title"].values)) == (["Jaws"], [[], [], [0]])
     assert bags(found["genres"].values) == [[0, 1], [], []]
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({**NUMERIC, "name": "brand"}, "the catalogue has no column 'brand'; it has 'item', 'title', 'genres'$"),
+        ({**NUMERIC, "name": "genres"}, "the catalogue, column 'genres': is of type List"),
+    ],
+)
+def test_a_fault_of_the_catalogue_names_no_draft(source, feature, message):
+    source("movielens", "movies.csv", "movieId,title,genres\n5,Heat,Action|Crime\n")
+    features = {"columns": [feature]}
+    data = source("movielens", "ratings.csv", "userId,movieId,rating,timestamp\n1,5,4.0,1\n", features=features)
+    with pytest.raises(DataError, match=f"^data.features.columns: {message}"):
+        prepare(data)
+
+
+def test_how_many_items_each_feature_knows(source, tmp_path):
+    """The mean counts as a number that is known, a vector of zeros as a vector, a text without a known word as none."""
+    about = 'item,price,tag,text\na,1,x|y,one\nb,2,y,"!"\nc,3,,\ne,,,\n'
+    (tmp_path / "s.csv").write_text(about)
+    vectors = pl.DataFrame({"item": ["a", "b"], "vector": [[0.0, 0.0], [1.0, 0.0]]})
+    vectors.write_parquet(tmp_path / "v.parquet")
+    columns = [
+        {**NUMERIC, "name": "price"},
+        {**CATEGORICAL, "name": "tag", "separator": "|"},
+        {"kind": "vectors", "name": "image", "path": str(tmp_path / "v.parquet")},
+        {"kind": "text", "name": "text", "dim": 1},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "decompose", exact_svd)
+        about = {"source": str(tmp_path / "s.csv"), "columns": columns}
+        folder = prepare(source("pairs", "p.txt", "1 a\n1 b\n1 c\n2 d\n2 e\n", features=about))
+    assert itemrows.known(folder) == {"price": 3, "tag": 2, "image": 2, "text": 1}
+    (folder / itemrows.FITTED).write_text('{"columns": []}')
+    with pytest.raises(DataError, match=r"features\.json does not fit"):
+        itemrows.known(folder)
+    assert itemrows.known(prepare(source("pairs", "p.txt", "1 a\n"))) == {}
 
 
 def test_a_missing_file_names_the_places(shop, tmp_path):
