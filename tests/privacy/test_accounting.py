@@ -225,8 +225,8 @@ def test_without_a_mode_there_are_no_terms():
 
 @pytest.mark.parametrize("evaluation", ["noised", "unaccounted", "public-holdout"])
 def test_who_may_train(evaluation):
-    experiment = private.experiment(evaluation={"privacy": evaluation, "holdout": 0.25})
-    assert trainees(experiment, 100) == (75 if evaluation == "public-holdout" else 100)
+    experiment = private.experiment(evaluation={"privacy": evaluation})
+    assert trainees(experiment, 100) == (90 if evaluation == "public-holdout" else 100)
     assert trainees(experiment, 1) == (0 if evaluation == "public-holdout" else 1)
 
 

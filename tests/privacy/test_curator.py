@@ -111,7 +111,7 @@ def test_public_users_never_train_and_only_they_are_asked_to_judge(rng):
     experiment = private.experiment(
         privacy={"rng": rng},
         federation={"cohort": 12},
-        evaluation={"privacy": "public-holdout", "holdout": 0.3, "users": 4, "test_users": 4},
+        evaluation={"privacy": "public-holdout", "holdout": 0.3},
     )
     made = private.strategy(experiment, 20)
 
