@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context
 from common.errors import StateError, UsageError
 from common.privacy import lines
 
-ACCOUNTS_FILE = "devices.jsonl"
+ACCOUNTS_FILE = "accounts.jsonl"
 RECORD = "privacy"
 """Record of a Flower context's state that holds a device's count."""
 STATE_PATH = "state-path"

@@ -14,6 +14,7 @@ from client.cohort import train
 from client.evaluation import rank
 from client.facts import require_facts
 from client.own import OWN_FILE, Own, own_of
+from client.room import room
 from common.config import Experiment, experiment_hash
 from common.data import folder as disk
 from common.data.catalogue import Catalogue
@@ -79,7 +80,7 @@ class Device:
         require_facts(experiment.model, sequences, disk.read_manifest(folder).get("timed", True))
         catalogue, kept = Catalogue.open(folder), Accounts()
         if on_device(experiment.privacy):
-            kept = Accounts(run / ACCOUNTS_FILE if run else None)
+            kept = Accounts(room(run) / ACCOUNTS_FILE if run else None)
         file, rows = run / OWN_FILE if run else None, table_rows(experiment, catalogue)
         own = own_of(experiment, sequences.first, len(sequences), rows, file)
         return cls(experiment, sequences, catalogue, own=own, accounts=kept)

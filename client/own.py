@@ -14,18 +14,15 @@ from flwr.app import ArrayRecord, Context
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.room import ROOM, room
 from common.config import Experiment
 from common.errors import StateError
 from common.models.personal import Ints, Kept, kept_columns
 from common.models.weights import initialise
 from common.wire import arrays
 
-OWN_FILE = "devices/on-device.bin"
+OWN_FILE = f"{ROOM}/on-device.bin"
 """In a run directory: all users' own parameters, of a simulation."""
-_WARNING = """\
-What the devices of a simulation keep to themselves: numbers of single users, by round, without any noise.
-They are no result of the run and no part of what a privacy mode releases: do not publish this folder.
-"""
 RECORD = "on-device"
 """Record of a Flower context's state."""
 
@@ -97,8 +94,7 @@ class Own:
             self.begin(round_)
             self._enter(new)
             if self._path is not None:
-                if not self._path.exists():
-                    _make_room(self._path.parent)
+                room(self._path.parent.parent)
                 with open(self._path, "ab", opener=partial(os.open, mode=0o600)) as file:
                     file.write(new.tobytes())
                     file.flush()
@@ -197,12 +193,6 @@ class Own:
         whole = len(data) // self._kind.itemsize * self._kind.itemsize  # killed while it wrote, the last may be cut
         self._enter_all(np.frombuffer(data[:whole], dtype=self._kind))
         self._reopened = True
-
-
-def _make_room(folder: Path) -> None:
-    """Make the folder that stands for devices, for nobody else to look into."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    (folder / "README.txt").write_text(_WARNING)
 
 
 def recalled(device_own: Own, context: Context, users: range) -> Own:

@@ -8,7 +8,7 @@
 | `checkpoint.safetensors` | what `--resume` goes on from |
 | `model.safetensors` | the model that validation chose |
 | `result.json` | what `--json` prints |
-| `devices/` | what stays on the simulated devices (`federation.on_device`): no result, and not to be published |
+| `devices/` | what stays on the simulated devices, numbers and accounts: no result, and not to be published |
 | `deployment.json` | of a run on nodes elsewhere: where it lives; its checkpoint stays there |
 """
 

@@ -9,8 +9,8 @@ from common.privacy.devices import device_card, planned_participations
 from common.privacy.plan import Terms, rankings, settle, trainees
 from common.privacy.schema import UserLevel, on_device
 
-STAYS = "Numbers that stay on the devices are not part of the release; do not publish devices/."
-"""Of `federation.on_device` in a simulation, whose run directory has them without noise."""
+STAYS = "What devices keep to themselves is not part of the release; do not publish devices/."
+"""Of a simulation, whose run directory has their numbers without noise, and who took part when."""
 NOISY = 2.0
 """Noise/C on the mean update beyond which little can be learnt."""
 
@@ -77,7 +77,7 @@ def card(
         "clipped_share": None,
         "hypothetical": hypothetical if privacy.population else None,
         "on_device": devices,
-        "stays": STAYS if experiment.federation.on_device else None,
+        "stays": STAYS if experiment.federation.on_device or getattr(privacy, "on_device", None) else None,
     }
 
 

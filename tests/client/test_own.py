@@ -225,7 +225,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path):
     with pytest.raises(StateError, match="Is a directory"):
         opened(tmp_path)
     own = opened(tmp_path / "gone" / OWN_FILE)
-    with pytest.raises(StateError, match="No such file"):
+    with pytest.raises(StateError, match="no such file"):
         keep(own, 1, u3=1)
 
 
