@@ -137,10 +137,7 @@ def held_out_ranks(
     """
     row, goal = torch.arange(len(users)), torch.from_numpy(targets)
     own = scored[row, goal]
-    mask_seen(scored, sequences, users, stops)
-    if sequences.domains is not None:
-        domains = torch.tensor(sequences.domains)
-        scored.masked_fill_(domains != domains[goal].unsqueeze(-1), -torch.inf)
+    _domain_only(mask_seen(scored, sequences, users, stops), sequences, targets)
     scored[row, goal] = own
     return target_ranks(placed(scored) if placed else scored, goal)
 
@@ -197,14 +194,22 @@ def rank(
 
 
 def shelf_ranks(experiment: Experiment, weights: Weights, sequences: Sequences, users: Ints) -> Ranks:
-    """Rank each user's test item among the items that training never saw alone, ``(C,)``; NaN where it is none."""
+    """Rank each user's test item among its domain's items that training never saw, ``(C,)``; NaN where it is none."""
     stops, targets = sequences.stops(users, "test")
     new, ranks = new_items(experiment, len(of_items(experiment, weights, sequences).table)), np.full(len(users), np.nan)
     held = np.flatnonzero(np.isin(targets, new.numpy()))
     for where, scored in scores(experiment, weights, sequences, users[held], stops[held]):
-        place = np.searchsorted(new.numpy(), targets[held[where]])
-        ranks[held[where]] = target_ranks(scored[:, new], torch.from_numpy(place))
+        goal, shelf = torch.from_numpy(targets[held[where]]), _domain_only(scored, sequences, targets[held[where]])
+        ranks[held[where]] = target_ranks(shelf[:, new], torch.searchsorted(new, goal))
     return ranks
+
+
+def _domain_only(scored: Tensor, sequences: Sequences, targets: Ints) -> Tensor:
+    """Bar all items of other domains than the target's, in place; ``(B, I)``."""
+    if sequences.domains is None:
+        return scored
+    domains = torch.tensor(sequences.domains)
+    return scored.masked_fill_(domains != domains[torch.from_numpy(targets)].unsqueeze(-1), -torch.inf)
 
 
 def _sample(experiment: Experiment, users: Ints, split: Split, scored: Tensor, goal: Tensor) -> Tensor:

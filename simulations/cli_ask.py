@@ -64,7 +64,10 @@ def recommend(
     watch: Annotated[
         bool, typer.Option("--watch", help="Answer events on standard input, one JSON line each, with lines.")
     ] = False,
-    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many.")] = 10,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many; of each domain, where there are several.")] = 10,
+    domain: Annotated[
+        str | None, typer.Option(help="Of this domain only; without it of each, one list after another.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Recommend items to a user; what the user had before is left out."""
@@ -78,7 +81,7 @@ def recommend(
         require_picture(picture)
     from simulations.inference import Trained
 
-    trained = Trained(folder)
+    trained = Trained(folder, domain)
     if watch:
         from simulations.watching import watch as answer
 

@@ -6,14 +6,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
-import torch
-
 from client.online import Session
-from common.data.catalogue import Catalogue
 from common.errors import DataError
 from common.files import json_text
 from common.models.schema import BehaviourInput
 from simulations.inference import Trained
+from simulations.offer import Offer
 
 USERS = 10_000
 """Histories that are remembered at most."""
@@ -30,8 +28,8 @@ class Watch:
 
     Parameters
     ----------
-    catalogue : Catalogue
-        The list of items.
+    offer : Offer
+        What may be recommended.
     session : Session
         A model; its own history is not touched.
     k : int
@@ -42,19 +40,20 @@ class Watch:
         Behaviour that is predicted; items of other events may be recommended.
     """
 
-    def __init__(self, catalogue: Catalogue, session: Session, k: int, users: int = USERS, target: str | None = None):
+    def __init__(self, offer: Offer, session: Session, k: int, users: int = USERS, target: str | None = None):
         self._target = target
-        self._catalogue, self._session, self._k, self._users = catalogue, session, k, users
+        self._offer, self._session, self._k, self._users = offer, session, k, users
         self._sessions: OrderedDict[str | None, Session] = OrderedDict()
-        self._ids, self._titles = catalogue.item_ids(), catalogue.titles()
-        folded = [title.casefold() for title in self._titles]
+        self._catalogue = offer.device.catalogue
+        ids, titles = self._catalogue.item_ids(), self._catalogue.titles()
+        folded = [title.casefold() for title in titles]
         often = Counter(folded)
         # An id that stands in for a title is left to the catalogue, and so is what several items are called.
-        pairs = zip(self._ids, self._titles, folded, strict=True)
+        pairs = zip(ids, titles, folded, strict=True)
         self._named = {
             name: i for i, (id_, title, name) in enumerate(pairs) if title not in {id_, ""} and often[name] == 1
         }
-        self._numbers = {id_: i for i, id_ in enumerate(self._ids)}
+        self._numbers = {id_: i for i, id_ in enumerate(ids)}
 
     def answer(self, line: str) -> dict[str, Any]:
         """Take one line's event, and say what to recommend after it.
@@ -69,8 +68,7 @@ class Watch:
         Returns
         -------
         dict
-            ``items``, best first, each with ``item``, ``title`` and ``score``; none of the history, and none at all
-            where that is empty.
+            ``items``, best first, as `Offer.best`; none of the history, and none at all where that is empty.
 
         Raises
         ------
@@ -95,16 +93,7 @@ class Watch:
         scored = session.append(item, **told)
         if not again and self._target not in (None, event.get("behaviour", self._target)):
             session.seen.discard(item)
-        scored[list(session.seen)] = -torch.inf
-        best = scored.topk(min(self._k, len(scored)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return {
-            "items": [
-                {"item": self._ids[i], "title": self._titles[i], "score": round(score, 4)}
-                for i, score in pairs
-                if score > -torch.inf
-            ]
-        }
+        return {"items": self._offer.best(scored, session.seen, self._k)}
 
     def _of(self, who: str | None) -> Session:
         if who not in self._sessions:
@@ -156,7 +145,7 @@ def watch(trained: Trained, lines: Iterable[str], k: int, out: TextIO, users: in
     fitting = max(1, device.experiment.runtime.memory_mb * 2**20 // session.nbytes)
     sequences = device.sequences
     target = sequences.behaviour_names[sequences.target] if sequences.target >= 0 else None
-    watching = Watch(device.catalogue, session, k, min(users, fitting), target)
+    watching = Watch(trained.offer, session, k, min(users, fitting), target)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

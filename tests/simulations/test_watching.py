@@ -16,6 +16,7 @@ from common.loading import parse
 from common.models.inputs import Moments
 from simulations import rundir, watching
 from simulations.inference import Trained
+from simulations.offer import Offer
 from simulations.runner import run
 from simulations.terminal import Screen
 from simulations.watching import Watch, watch
@@ -25,7 +26,7 @@ from tests.support.processes import TINY
 TITLES = ["Heat (1995)", "Up, Up (2009)", "Alien (1979)", "Aliens (1986)", "Big", "big", None, "7 Samurai", "Ärger"]
 ITEMS = 20
 
-SEQUENCES = SimpleNamespace(target=-1, behaviour_names=())
+SEQUENCES = SimpleNamespace(target=-1, behaviour_names=(), domain_names=(), domains=None)
 
 
 def catalogue(titles=True):
@@ -36,14 +37,18 @@ def catalogue(titles=True):
     return made
 
 
+def opened(experiment, weights, titles=True):
+    """Of a finished run, what watching looks at."""
+    device = SimpleNamespace(experiment=experiment, catalogue=catalogue(titles), sequences=SEQUENCES)
+    return SimpleNamespace(device=device, built=weights, offer=Offer(device))
+
+
 def asked(lines, k=10, users=watching.USERS, memory_mb=1024, titles=True, **model):
     """Answers to some lines, each an object or the text itself."""
     experiment = world.experiment(model=model)
     experiment = experiment.model_copy(update={"runtime": SimpleNamespace(memory_mb=memory_mb)})
     weights = world.weights(experiment.model, ITEMS)
-    trained = SimpleNamespace(
-        device=SimpleNamespace(experiment=experiment, catalogue=catalogue(titles), sequences=SEQUENCES), built=weights
-    )
+    trained = opened(experiment, weights, titles)
     out = io.StringIO()
     watch(trained, (line if isinstance(line, str) else json.dumps(line) for line in lines), k, out, users)
     assert out.getvalue().count("\n") == len(out.getvalue().splitlines())
@@ -126,8 +131,9 @@ def test_items_are_found_by_id_or_title(name, number):
 
 
 def test_whole_names_are_found_without_a_search(monkeypatch):
-    made = catalogue()
-    one = Watch(made, Session(world.experiment().model, world.weights(world.experiment().model, ITEMS)), 3)
+    experiment = world.experiment()
+    weights = world.weights(experiment.model, ITEMS)
+    one = Watch(opened(experiment, weights).offer, Session(experiment.model, weights), 3)
     monkeypatch.setattr(Catalogue, "find", lambda *_: pytest.fail("searched"))
     assert [one._find(name) for name in ("i4", "HEAT (1995)", "up, up (2009)", "7 Samurai")] == [4, 0, 1, 7]
 
@@ -232,8 +238,7 @@ def test_an_answer_is_out_before_the_next_line_is_read():
             yield json.dumps({"item": f"i{n}"})
 
     experiment = world.experiment()
-    device = SimpleNamespace(experiment=experiment, catalogue=catalogue(), sequences=SEQUENCES)
-    watch(SimpleNamespace(device=device, built=world.weights(experiment.model, ITEMS)), lines(), 3, Out())
+    watch(opened(experiment, world.weights(experiment.model, ITEMS)), lines(), 3, Out())
     assert flushed == [1, 2, 3]
 
 
@@ -247,7 +252,7 @@ def test_a_finished_run_recommends_what_it_does_to_a_history(tmp_path: Path):
     history = [str(n % 7) for n in range(20)]  # longer than the window of 16
     watch(trained, [json.dumps({"item": int(item)}) for item in history], 5, out)
     for n, line in enumerate(out.getvalue().splitlines(), start=1):
-        items, by_history = json.loads(line)["items"], trained.for_history(history[:n], 5)
+        items, by_history = json.loads(line)["items"], trained.top(trained.stranger(history[:n]), 5)
         assert [item["item"] for item in items] == [item["item"] for item in by_history]
         scores = [item["score"] for item in by_history]
         assert [item["score"] for item in items] == pytest.approx(scores, abs=2e-4)
@@ -256,8 +261,8 @@ def test_a_finished_run_recommends_what_it_does_to_a_history(tmp_path: Path):
 def test_what_was_merely_looked_at_may_be_recommended():
     """Where purchases are predicted."""
     experiment = world.experiment(model={"inputs": [{"kind": "behaviour", "names": ["buy", "view"]}]})
-    session = Session(experiment.model, world.weights(experiment.model, ITEMS))
-    watching = Watch(catalogue(), session, ITEMS, target="buy")
+    weights = world.weights(experiment.model, ITEMS)
+    watching = Watch(opened(experiment, weights).offer, Session(experiment.model, weights), ITEMS, target="buy")
 
     def left_out(item, behaviour):
         items = watching.answer(json.dumps({"item": item, "behaviour": behaviour}))["items"]
