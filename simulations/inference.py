@@ -1,7 +1,7 @@
 """Asking a finished run: recommendations for one user, in the data or not, and the ranks behind its figures."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from client.device import Device
-from client.evaluation import final_scores, mask_seen, of_items, rank, scores
+from client.evaluation import final_scores, of_items, rank, scores
 from client.facts import assumed
-from client.newcomers import lifted
+from client.lists import best
 from client.own import OWN_FILE
 from client.past import Past, past_of
 from client.tuning import Personal, personal
@@ -21,13 +21,15 @@ from common.data.prepare import prepare
 from common.data.sequences import Ints, Split
 from common.errors import StateError, UsageError
 from common.files import atomic
-from common.metrics import Ranks, coverage, long_tail_share, ndcg, summarise, worst_tenth
+from common.metrics import Ranking, Ranks, coverage, long_tail_share, ndcg, worst_tenth
 from common.models.personal import Kept
 from common.models.weights import Weights
 from server.checkpoint import load_model
 from server.curator import curator as curator_of
 from server.rounds import MODEL_FILE
 from simulations import rundir
+from simulations.figures import domain_names, figures, marked
+from simulations.offer import Offer
 
 
 class Person(NamedTuple):
@@ -52,6 +54,8 @@ class Trained:
     """
 
     folder: Path
+    domain: str | None = None
+    """Recommend items of this one only, as `Offer.domain`."""
 
     @cached_property
     def device(self) -> Device:
@@ -146,40 +150,30 @@ class Trained:
         past = Past(torch.tensor([window]), torch.tensor([len(window)]), told)
         return Person(past, self.weights, np.array(history, dtype=np.int64))
 
+    @cached_property
+    def offer(self) -> Offer:
+        """What may be recommended; errors as there, once it is looked at."""
+        return Offer(self.device, self.domain)
+
     def top(self, person: Person, k: int) -> list[dict[str, Any]]:
-        """The k best items for a person, without those that it had."""
+        """The k best items for a person, of each domain, without those that it had; as `Offer.best`."""
         past, built = person.past, self.built._replace(body=person.weights.body)
         with torch.no_grad():
             scored = final_scores(self.device.experiment.model, built, past.items, past.lengths, past.moments)[0]
-        scored[torch.from_numpy(person.seen)] = -torch.inf
-        return self._top(lifted(self.device.experiment, scored.unsqueeze(0))[0], k)
-
-    def for_user(self, user_id: str, k: int) -> list[dict[str, Any]]:
-        """Top k for somebody in the data; errors as in `known`."""
-        return self.top(self.known(user_id), k)
-
-    def for_history(self, names: Sequence[str], k: int) -> list[dict[str, Any]]:
-        """Top k for somebody who is not in the data; errors as in `stranger`."""
-        return self.top(self.stranger(names), k)
+        return self.offer.best(scored, person.seen, k)
 
     def lists(self, users: Ints, stops: Ints, k: int) -> Ints:
-        """Top k of many users from their events before `stops`, ``(n, k)`` catalogue indices."""
-        best = np.full((len(users), k), -1, dtype=np.int64)
-        for here, scored in scores(self.device.experiment, self.weights, self.device.sequences, users, stops):
-            masked = mask_seen(scored, self.device.sequences, users[here], stops[here])
-            masked = lifted(self.device.experiment, masked)
-            top = masked.topk(min(k, masked.shape[1]))
-            best[here, : top.indices.shape[1]] = torch.where(top.values.isneginf(), -1, top.indices).numpy()
-        return best
+        """The same of many users, from their events before `stops`: catalogue indices ``(n, k)``, −1 where none is.
 
-    def _top(self, scored: torch.Tensor, k: int) -> list[dict[str, Any]]:
-        best = scored.topk(min(k, len(scored)))
-        about = self.device.catalogue.about
-        return [
-            {**dict(zip(("item", "title", "genres"), about(i), strict=True)), "score": round(score, 4)}
-            for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            if score > -np.inf
-        ]
+        With several domains ``(n, domains · k)``, the lists of each beside one another.
+        """
+        experiment, sequences, domains = self.device.experiment, self.device.sequences, self.offer.domains
+        found = np.full((len(users), k * max(1, len(domains))), -1, dtype=np.int64)
+        for here, scored in scores(experiment, self.weights, sequences, users, stops):
+            seen, rows = sequences.had(users[here], stops[here])
+            items = best(experiment, scored, rows, seen, k, domains).items.numpy()
+            found[here, : items.shape[1]] = items
+        return found
 
 
 def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict[str, Any]:
@@ -192,12 +186,13 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
     split : str
         ``validation`` or ``test``.
     ranks_file : Path, optional
-        CSV to write: each user's id and rank, so that anybody can recompute every metric.
+        CSV to write: each user's id and rank, and a column for each mark of other figures with the ranks behind them,
+        so that anybody can recompute every metric.
 
     Returns
     -------
     dict
-        ``split``, ``users``, and under ``metrics`` HR, NDCG and MRR with intervals; beyond accuracy
+        ``split``, ``users``, ``domains`` and under ``metrics`` all figures of `result.json`; beyond accuracy
         ``coverage@10`` (share of the catalogue in anybody's top 10), ``long_tail@10`` (share of the places that go
         to the 80 % least popular items), ``worst_tenth_ndcg@10`` (mean over the tenth with the shortest histories).
 
@@ -212,37 +207,36 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
     if ranks_file and (ranks_file.is_dir() or not ranks_file.parent.is_dir()):
         raise UsageError(f"{ranks_file}: cannot be a file; name one in a folder that exists")
     trained = Trained(folder)
-    device, experiment = trained.device, trained.device.experiment
-    users, everybody = trained.judges, np.arange(len(device.sequences))
-    full, personal = (np.full(len(everybody), np.nan) for _ in range(2))
-    found = rank(experiment, trained.weights, device.sequences, users, split, trained.kept(users))
-    full[users], personal[users] = found.full, found.personal
-    held = np.flatnonzero(np.isfinite(full))
+    device, users = trained.device, trained.judges
+    everybody, kept = np.arange(len(device.sequences)), trained.kept(users)
+    ranking = Ranking(*(np.full(len(everybody), np.nan) for _ in Ranking._fields))
+    found = rank(device.experiment, trained.weights, device.sequences, users, split, kept)
+    for whole, some in zip(ranking, found, strict=True):
+        whole[users] = some
+    ranks = marked(device, trained.weights, ranking, split)
+    held = np.flatnonzero(np.isfinite(ranking.full))
     if ranks_file:
         ids = device.sequences.user_ids()
-        _write_ranks(ranks_file, [ids[user] for user in held], full[held])
+        _write_ranks(ranks_file, [ids[user] for user in held], {mark: some[held] for mark, some in ranks.items()})
     stops, _ = device.sequences.stops(held, split)
     lists = trained.lists(held, stops, 10)
     train_items, _ = device.sequences.events(everybody, device.sequences.stops(everybody, "train")[0])
     popularity = np.bincount(train_items, minlength=device.catalogue.items)
-    cutoffs = sorted({10, *experiment.evaluation.cutoffs})
-    figures = summarise(full, cutoffs, experiment.evaluation.resamples, experiment.seed)
-    if np.isfinite(personal).any():
-        more = summarise(personal, cutoffs, experiment.evaluation.resamples, experiment.seed)
-        figures |= {f"{name}|personal": figure for name, figure in more.items()}
     return {
         "run_dir": str(folder),
         "split": split,
         "users": len(held),
-        "metrics": {name: figure._asdict() for name, figure in figures.items()},
+        "domains": domain_names(device),
+        "metrics": figures(device, ranks),
         "coverage@10": coverage(lists, device.catalogue.items),
         "long_tail@10": long_tail_share(lists, popularity),
-        "worst_tenth_ndcg@10": worst_tenth(ndcg(full[held], 10), stops - device.sequences.starts(held)),
+        "worst_tenth_ndcg@10": worst_tenth(ndcg(ranking.full[held], 10), stops - device.sequences.starts(held)),
     }
 
 
-def _write_ranks(path: Path, users: Sequence[str], ranks: Ranks) -> None:
+def _write_ranks(path: Path, users: Sequence[str], ranks: Mapping[str, Ranks]) -> None:
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["user", "rank"])
-        writer.writerows((user, f"{rank:.15g}") for user, rank in zip(users, ranks, strict=True))
+        writer.writerow(["user", *(mark or "rank" for mark in ranks)])
+        for user, *each in zip(users, *ranks.values(), strict=True):
+            writer.writerow([user, *("" if np.isnan(rank) else f"{rank:.15g}" for rank in each)])

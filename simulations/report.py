@@ -59,21 +59,30 @@ def render(console: Console, result: dict[str, Any]) -> None:
         figure = result["test"][name]
         others = (_number(figures[name]["value"]) for figures in baselines.values())
         table.add_row(_label(name), _number(figure["value"]), _interval(figure), *others)
-    _print(console, "Test: each user's last item, ranked against the whole catalogue", table)
-    parts: dict[str, dict[str, Any]] = {}
-    for name, figure in result["test"].items():
-        metric, _, mark = name.partition("|")
-        if mark and metric in SHOWN:
-            parts.setdefault(mark, {})[name] = figure
-    for mark, part in parts.items():
-        sort = "s" if _SAMPLED.fullmatch(mark) else mark
-        _print(console, _PARTS.get(sort, f"Users whose last item is one of {mark}, ranked among these"), _figures(part))
+    _print(console, f"Test: each user's last item, ranked against {_rivals(result)}", table)
+    _print_parts(console, result["test"])
     for line, style in ((_verdict(result), "bold"), (_EXPLAINED, "dim")):
         if line:
             console.print(Padding(Text(line, style), (0, 1, 1, 1)))
     console.print(_facts(result))
     if result["privacy"]["epsilon"] is not None:
         render_card(console, result["privacy"])
+
+
+def _print_parts(console: Console, figures: dict[str, Any]) -> None:
+    """Groups of users, and other ways to rank, by the marks in figures' names."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, figure in figures.items():
+        metric, _, mark = name.partition("|")
+        if mark and metric in SHOWN:
+            parts.setdefault(mark, {})[name] = figure
+    for mark, part in parts.items():
+        sort = "s" if _SAMPLED.fullmatch(mark) else mark
+        _print(console, _PARTS.get(sort, f"Users whose last item is one of {mark}, ranked among these"), _figures(part))
+
+
+def _rivals(figures: dict[str, Any]) -> str:
+    return "its domain's catalogue" if figures.get("domains") else "the whole catalogue"  # older results do not say
 
 
 def _verdict(result: dict[str, Any]) -> str:
@@ -164,31 +173,40 @@ def render_phases(console: Console, phases: dict[str, float]) -> None:
 
 def render_evaluation(console: Console, figures: dict[str, Any]) -> None:
     """Print what `hushrec evaluate` found."""
-    table = _figures(figures["metrics"])
+    table = _figures({name: figure for name, figure in figures["metrics"].items() if "|" not in name})
     table.add_section()
     for name, meaning in _BEYOND_ACCURACY.items():
         table.add_row(name, _number(figures[name]), meaning)
     what = f"{figures['split'].capitalize()}: the held-out items of {figures['users']:,} users"
-    _print(console, f"{what}, ranked against the whole catalogue", table)
+    _print(console, f"{what}, ranked against {_rivals(figures)}", table)
+    _print_parts(console, figures["metrics"])
 
 
 def render_items(console: Console, items: list[dict[str, Any]]) -> None:
-    """Print recommendations; titles and genres only where there are any."""
+    """Print recommendations, each domain's counted anew; domains, titles and genres only where there are any."""
     if not items:
         console.print("Nothing is left to recommend: the whole catalogue is in the history.")
         return
-    titles = any(item["title"] != item["item"] for item in items)
-    genres = any(item["genres"] for item in items)
+    titled = any(item["title"] != item["item"] for item in items)
+    columns = {
+        "domain": [item.get("domain", "") for item in items],
+        "title": [item["title"] * titled for item in items],
+        "genres": [", ".join(item["genres"]) for item in items],
+    }
+    told = {name: column for name, column in columns.items() if any(column)}
     table = _table()
     table.add_column("", justify="right", style="dim")
     table.add_column("item", no_wrap=True)
-    if titles:
-        table.add_column("title")
-    if genres:
-        table.add_column("genres", style="dim")
+    for name in told:
+        table.add_column(name, style="dim" if name == "genres" else None)
     table.add_column("score", justify="right")
-    for place, item in enumerate(items, 1):
-        about = [item["title"]] * titles + [", ".join(item["genres"])] * genres
+    place, domain = 0, items[0].get("domain")
+    for row, item in enumerate(items):
+        if item.get("domain") != domain:  # the next list
+            place, domain = 0, item["domain"]
+            table.add_section()
+        place += 1
+        about = (column[row] for column in told.values())
         table.add_row(*map(Text, (str(place), item["item"], *about, f"{item['score']:.2f}")))
     console.print(table)
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import resource
 import signal
 import sys
@@ -17,29 +16,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 
 from client.device import Device
-from client.evaluation import shelf_ranks
 from client.own import OWN_FILE
 from common.config import Experiment
-from common.data.holdout import cold_of, concerning
 from common.data.prepare import bad_rows, prepare
 from common.errors import StateError
 from common.files import locked, write_json
 from common.memory import keep_freed_memory
-from common.metrics import Estimate, summarise
+from common.metrics import Estimate
 from server.checkpoint import found
 from server.journal import read
 from server.rounds import CHECKPOINT_FILE, Outcome, serve
 from simulations import rundir
 from simulations.baselines import baseline_ranks
 from simulations.engines import play
+from simulations.figures import domain_names, figures, marked
 from simulations.progress import watching
-
-RESERVED = re.compile(r"s\d+|cold|warm|new|personal")
-"""Marks of other figures, which a domain of that name does not take over."""
 
 
 def run(experiment: Experiment, folder: Path, console: Console, resume: bool = False) -> dict[str, Any]:
@@ -96,27 +90,9 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
 
 
 def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outcome, seconds: float) -> dict[str, Any]:
-    evaluation = experiment.evaluation
-    cutoffs = sorted({10, *evaluation.cutoffs})
-
-    def figures(ranks: np.ndarray[Any, np.dtype[np.float64]], suffix: str = "") -> dict[str, dict[str, float]]:
-        estimates = summarise(ranks, cutoffs, evaluation.resamples, experiment.seed)
-        return {name + suffix: Estimate._asdict(figure) for name, figure in estimates.items()}
-
-    full, sampled, personal = outcome.test
     if experiment.told_as_is:
-        test = figures(full) | (figures(sampled, f"|s{evaluation.sampled}") if evaluation.sampled else {})
-        if np.isfinite(personal).any():
-            test |= figures(personal, "|personal")
-        cold = cold_targets(experiment, device) if experiment.data.cold else None
-        if cold is not None:
-            shelf = shelf_ranks(experiment, outcome.weights, device.sequences, np.flatnonzero(cold))
-            test |= figures(np.where(cold, full, np.nan), "|cold") | figures(np.where(cold, np.nan, full), "|warm")
-            test |= figures(shelf, "|new")
-        for name, inside in domain_targets(device).items():
-            mark = f"domain {name}" if RESERVED.fullmatch(name) else name
-            test |= figures(np.where(inside, full, np.nan), f"|{mark}")
-        tested = np.flatnonzero(np.isfinite(full))
+        test = figures(device, marked(device, outcome.weights, outcome.test, "test"))
+        tested = np.flatnonzero(np.isfinite(outcome.test.full))
         ranks = baseline_ranks(experiment, device.sequences, device.catalogue.items, tested)
         users_tested = len(tested)
     else:  # one noised release is all that may be known; rankers on the raw events would be another
@@ -131,8 +107,9 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         "users": len(device.sequences),
         "items": device.catalogue.items,
         "users_tested": users_tested,
+        "domains": domain_names(device),
         "test": test,
-        "baselines": {name: figures(baseline) for name, baseline in ranks.items()},
+        "baselines": {name: figures(device, {"": baseline}) for name, baseline in ranks.items()},
         "seconds": seconds,
         "clients_per_second": _ratio(sum(r["clients"] for r in trained), sum(r.get("seconds", 0.0) for r in trained)),
         "peak_rss_mb": peak_memory_mb(),
@@ -141,21 +118,6 @@ def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outco
         "phases": _phases(trained),
         "privacy": outcome.card,
     }
-
-
-def cold_targets(experiment: Experiment, device: Device) -> NDArray[np.bool_]:
-    """Whose test item no training has seen (see `data.cold`), ``(N,)``."""
-    _, targets = device.sequences.stops(np.arange(len(device.sequences)), "test")
-    return concerning(targets, cold_of(experiment.data, device.catalogue.items))
-
-
-def domain_targets(device: Device) -> dict[str, NDArray[np.bool_]]:
-    """Whose test item is in which domain, ``(N,)`` by name; none where there is only one domain."""
-    if device.sequences.domains is None:
-        return {}
-    _, targets = device.sequences.stops(np.arange(len(device.sequences)), "test")
-    found = np.where(targets >= 0, device.sequences.domains[np.maximum(targets, 0)], -1)
-    return {name: found == number for number, name in enumerate(device.sequences.domain_names)}
 
 
 def _phases(trained: list[dict[str, Any]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,26 +41,34 @@ def history(trained: Trained, user: int) -> list[str]:
     return [ids[item] for item in sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]]
 
 
+def for_user(trained: Trained, user: object, k: int) -> list[dict[str, Any]]:
+    return trained.top(trained.known(str(user)), k)
+
+
+def for_history(trained: Trained, names: list[str], k: int) -> list[dict[str, Any]]:
+    return trained.top(trained.stranger(names), k)
+
+
 @pytest.mark.parametrize("user", [0, 7, 59])
 def test_everything_but_what_the_user_had(trained, user):
-    items = trained.for_user(str(user), 1000)
+    items = for_user(trained, user, 1000)
     scores = [item["score"] for item in items]
     assert scores == sorted(scores, reverse=True)
     assert {item["item"] for item in items} == {str(n) for n in range(40)} - set(history(trained, user))
-    assert trained.for_user(str(user), 3) == items[:3]
+    assert for_user(trained, user, 3) == items[:3]
 
 
 def test_a_history_gives_what_its_user_gets(trained):
     longest = int(np.argmax(np.diff(trained.device.sequences.offsets)))
     assert len(history(trained, longest)) > 16, "longer than the model looks back, yet all of it is left out"
     for user in (0, 7, longest):
-        by_user, by_history = trained.for_user(str(user), 40), trained.for_history(history(trained, user), 40)
+        by_user, by_history = for_user(trained, user, 40), for_history(trained, history(trained, user), 40)
         assert [item["item"] for item in by_user] == [item["item"] for item in by_history]
         assert [item["score"] for item in by_user] == pytest.approx([item["score"] for item in by_history], abs=2e-4)
 
 
 def test_the_order_of_a_history_counts(trained):
-    forward, backward = trained.for_history(["1", "2", "3"], 5), trained.for_history(["3", "2", "1"], 5)
+    forward, backward = for_history(trained, ["1", "2", "3"], 5), for_history(trained, ["3", "2", "1"], 5)
     assert forward != backward
 
 
@@ -67,16 +76,16 @@ def test_lists_are_those_of_each_user(trained):
     users = np.array([3, 0, 59])
     lists = trained.lists(users, trained.device.sequences.offsets[users + 1], 5)
     for user, found in zip(users.tolist(), lists.tolist(), strict=True):
-        assert [str(item) for item in found] == [item["item"] for item in trained.for_user(str(user), 5)]
+        assert [str(item) for item in found] == [item["item"] for item in for_user(trained, user, 5)]
 
 
 def test_what_is_unknown_is_named_with_the_nearest(trained):
     with pytest.raises(DataError, match="no user '590'; did you mean '59'"):
-        trained.for_user("590", 3)
+        for_user(trained, "590", 3)
     with pytest.raises(DataError, match="no item '390'; did you mean '39'"):
-        trained.for_history(["3", "390"], 3)
+        for_history(trained, ["3", "390"], 3)
     with pytest.raises(UsageError, match="name at least one item"):
-        trained.for_history([], 3)
+        for_history(trained, [], 3)
 
 
 def test_films_have_titles_and_genres(tmp_path):
@@ -87,7 +96,7 @@ def test_films_have_titles_and_genres(tmp_path):
     (tmp_path / "movies.csv").write_text("\n".join(films) + "\n")
     text = TINY.replace("{kind: synthetic, users: 60, items: 40, interests: 4, mean_length: 8, max_length: 20}", "%s")
     folder = made(tmp_path / "run", text % f"{{kind: movielens, path: {tmp_path}}}", "federation.rounds=1")
-    (only,) = Trained(folder).for_user("1", 10)
+    (only,) = for_user(Trained(folder), "1", 10)
     assert only["title"] == FILMS[only["item"]]
     assert only["genres"] == ["Crime", "Thriller"]
 
@@ -106,11 +115,13 @@ def test_evaluation(trained, tmp_path):
 
 def test_large_and_tied_ranks_keep_every_digit(tmp_path):
     ranks = np.array([1.0, 1234567.5, 2.5])
-    inference._write_ranks(tmp_path / "ranks.csv", ["a", 'b,"c"', "d"], ranks)
+    new = np.array([np.nan, 3.0, np.nan])
+    inference._write_ranks(tmp_path / "ranks.csv", ["a", 'b,"c"', "d"], {"": ranks, "new": new})
     with (tmp_path / "ranks.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["rank"]) for row in rows] == ranks.tolist()
     assert [row["user"] for row in rows] == ["a", 'b,"c"', "d"]
+    assert [row["new"] for row in rows] == ["", "3", ""]
 
 
 def test_a_place_for_ranks_is_looked_at_before_anything_is_ranked(tmp_path):

@@ -19,7 +19,7 @@ from common.data.prepare import prepare
 from common.errors import DataError
 from common.metrics import point
 from server.rounds import serve
-from simulations import certify, report, rundir, runner
+from simulations import certify, figures, report, rundir, runner
 from simulations.engines import play
 from simulations.inference import Trained
 from tests.support import records, world
@@ -189,10 +189,10 @@ def test_the_report_has_a_part_for_each_domain(ran, capsys):
 
 def test_one_domain_has_no_part_of_its_own(told):
     device = device_of(told(data={"only": {"domains": ["toy"]}}))
-    assert set(runner.domain_targets(device)) == {"toy", "game"}
-    assert not runner.domain_targets(device)["game"].any()
+    assert set(figures.domain_targets(device, "test")) == {"toy", "game"}
+    assert not figures.domain_targets(device, "test")["game"].any()
     plain = device_of(told(data={"columns": {"behaviour": "how", "rating": "stars"}}))
-    assert runner.domain_targets(plain) == {}
+    assert figures.domain_targets(plain, "test") == {}
 
 
 # --- the certificate -------------------------------------------------------------------------------------------------
