@@ -68,6 +68,12 @@ def recommend(
     domain: Annotated[
         str | None, typer.Option(help="Of this domain only; without it of each, one list after another.")
     ] = None,
+    new: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also items that came after training: CSV, TSV, Parquet or JSON of features."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Recommend items to a user; what the user had before is left out."""
@@ -75,13 +81,15 @@ def recommend(
         raise UsageError("name --user ID, --history ITEM,ITEM,… or --watch; one of the three")
     if watch and (explained or picture):
         raise UsageError("--watch answers at once; explain with --user or --history")
+    if new and (explained or picture):
+        raise UsageError("--explain speaks of the catalogue's items; leave --new away")
     if picture:
         from simulations.heatmap import require_picture
 
         require_picture(picture)
     from simulations.inference import Trained
 
-    trained = Trained(folder, domain)
+    trained = Trained(folder, domain, new)
     if watch:
         from simulations.watching import watch as answer
 

@@ -27,7 +27,7 @@ from common.models.weights import Weights
 from server.checkpoint import load_model
 from server.curator import curator as curator_of
 from server.rounds import MODEL_FILE
-from simulations import rundir
+from simulations import arrivals, rundir
 from simulations.figures import domain_names, figures, marked
 from simulations.offer import Offer
 
@@ -56,6 +56,8 @@ class Trained:
     folder: Path
     domain: str | None = None
     """Recommend items of this one only, as `Offer.domain`."""
+    new: Path | None = None
+    """Also recommend items that came after training: a file as in `arrivals.read`."""
 
     @cached_property
     def device(self) -> Device:
@@ -152,14 +154,21 @@ class Trained:
 
     @cached_property
     def offer(self) -> Offer:
-        """What may be recommended; errors as there, once it is looked at."""
-        return Offer(self.device, self.domain)
+        """What may be recommended; errors as there and in `arrivals.read`."""
+        later = None if self.new is None else arrivals.read(self.new, self.device, self.weights.table)
+        return Offer(self.device, self.domain, later)
+
+    @cached_property
+    def offered(self) -> Weights:
+        """As `built`, with the vectors of all that is offered."""
+        later, built = self.offer.arrivals, self.built
+        return built if later is None else built._replace(table=torch.cat([built.table, later.vectors]))
 
     def top(self, person: Person, k: int) -> list[dict[str, Any]]:
         """The k best items for a person, of each domain, without those that it had; as `Offer.best`."""
-        past, built = person.past, self.built._replace(body=person.weights.body)
+        past, weights = person.past, self.offered._replace(body=person.weights.body)
         with torch.no_grad():
-            scored = final_scores(self.device.experiment.model, built, past.items, past.lengths, past.moments)[0]
+            scored = final_scores(self.device.experiment.model, weights, past.items, past.lengths, past.moments)[0]
         return self.offer.best(scored, person.seen, k)
 
     def lists(self, users: Ints, stops: Ints, k: int) -> Ints:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.device import Device
 from client.lists import best
 from common.data.names import unknown
 from common.errors import DataError
+from simulations.arrivals import Arrivals
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class Offer:
     device: Device
     domain: str | None = None
     """Recommend of this one only; without it, of each that the model was trained on, one list after another."""
+    arrivals: Arrivals | None = None
+    """Items that came after training; they follow those of the catalogue."""
+
+    @cached_property
+    def _domain_of(self) -> NDArray[np.int8] | None:
+        """Domain of each item, ``(I,)``; none where there is only one."""
+        known = self.device.sequences.domains
+        if known is None or self.arrivals is None or self.arrivals.domains is None:
+            return known
+        return np.concatenate([known, self.arrivals.domains])
 
     @cached_property
     def domains(self) -> tuple[Tensor, ...]:
@@ -40,10 +52,10 @@ class Offer:
                     f"no domain {self.domain!r}: the run's data has none (data.columns.domain); leave it away"
                 )
             raise unknown("domain", self.domain, names)
-        if sequences.domains is None:
+        if self._domain_of is None:
             return ()
         wanted = names if self.domain is None else [self.domain]
-        return tuple(torch.tensor(sequences.domains == sequences.domain_names.index(name)) for name in wanted)
+        return tuple(torch.tensor(self._domain_of == sequences.domain_names.index(name)) for name in wanted)
 
     def best(self, scored: Tensor, seen: Iterable[int], k: int) -> list[dict[str, Any]]:
         """The k best of each list for one person, from the scores of all items ``(I,)``, which are written to.
@@ -60,11 +72,13 @@ class Offer:
         Returns
         -------
         list of dict
-            ``item``, ``title``, ``genres`` and ``score``; with several domains ``domain``, too.
+            ``item``, ``title``, ``genres`` and ``score``; with several domains ``domain``, and with arrivals ``new``,
+            which says whether it is one.
         """
+        later = 0 if self.arrivals is None else len(self.arrivals.ids)
         left_out = np.fromiter(seen, dtype=np.int64)
         rows = np.zeros(len(left_out), dtype=np.int64)
-        found = best(self.device.experiment, scored.unsqueeze(0), rows, left_out, k, self.domains)
+        found = best(self.device.experiment, scored.unsqueeze(0), rows, left_out, k, self.domains, later)
         return [
             {**self._about(item), "score": round(score, 4)}
             for item, score in zip(found.items[0].tolist(), found.scores[0].tolist(), strict=True)
@@ -72,6 +86,10 @@ class Offer:
         ]
 
     def _about(self, item: int) -> dict[str, Any]:
-        sequences = self.device.sequences
-        said = dict(zip(("item", "title", "genres"), self.device.catalogue.about(item), strict=True))
-        return said if sequences.domains is None else said | {"domain": sequences.domain_names[sequences.domains[item]]}
+        catalogue, new = self.device.catalogue, self.arrivals
+        place = item - catalogue.items
+        told = catalogue.about(item) if new is None or place < 0 else (new.ids[place], new.titles[place], [])
+        about: dict[str, Any] = dict(zip(("item", "title", "genres"), told, strict=True))
+        if self._domain_of is not None:
+            about["domain"] = self.device.sequences.domain_names[self._domain_of[item]]
+        return about if new is None else about | {"new": place >= 0}

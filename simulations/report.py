@@ -183,7 +183,7 @@ def render_evaluation(console: Console, figures: dict[str, Any]) -> None:
 
 
 def render_items(console: Console, items: list[dict[str, Any]]) -> None:
-    """Print recommendations, each domain's counted anew; domains, titles and genres only where there are any."""
+    """Print recommendations, each domain's counted anew; columns of which nothing is known are left away."""
     if not items:
         console.print("Nothing is left to recommend: the whole catalogue is in the history.")
         return
@@ -192,13 +192,14 @@ def render_items(console: Console, items: list[dict[str, Any]]) -> None:
         "domain": [item.get("domain", "") for item in items],
         "title": [item["title"] * titled for item in items],
         "genres": [", ".join(item["genres"]) for item in items],
+        "new": ["new" * item.get("new", False) for item in items],
     }
     told = {name: column for name, column in columns.items() if any(column)}
     table = _table()
     table.add_column("", justify="right", style="dim")
     table.add_column("item", no_wrap=True)
     for name in told:
-        table.add_column(name, style="dim" if name == "genres" else None)
+        table.add_column(name, style="dim" if name in {"genres", "new"} else None)
     table.add_column("score", justify="right")
     place, domain = 0, items[0].get("domain")
     for row, item in enumerate(items):

@@ -141,7 +141,7 @@ def watch(trained: Trained, lines: Iterable[str], k: int, out: TextIO, users: in
         Histories that are remembered at most; fewer where ``runtime.memory_mb`` holds no more.
     """
     device = trained.device
-    session = Session(device.experiment.model, trained.built)
+    session = Session(device.experiment.model, trained.offered)
     fitting = max(1, device.experiment.runtime.memory_mb * 2**20 // session.nbytes)
     sequences = device.sequences
     target = sequences.behaviour_names[sequences.target] if sequences.target >= 0 else None

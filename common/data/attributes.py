@@ -120,8 +120,19 @@ def _beside(path: Path) -> Path:
     return found
 
 
-def _joined(items: pl.Series, rows: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """Put rows, which have a column ``item``, into the order of the items."""
+def rows_of(path: Path, wanted: list[str]) -> pl.DataFrame:
+    """Read ``item``, which no two rows share, and those of the wanted columns that a table of attributes has.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read or is not of the form described in `ItemFeatures.source`.
+    """
+    return _named(_read(path, wanted), path)
+
+
+def _named(rows: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Rows whose ``item`` is a text, each another."""
     if rows["item"].dtype.is_nested() or rows["item"].dtype == pl.Binary:
         raise DataError(f"{path}, column 'item': is of type {rows['item'].dtype}; give each row one item's id")
     rows = rows.with_columns(pl.col("item").cast(pl.String).str.strip_chars())
@@ -131,7 +142,12 @@ def _joined(items: pl.Series, rows: pl.DataFrame, path: Path) -> pl.DataFrame:
     if rows["item"].is_duplicated().any():
         twice = rows["item"].filter(rows["item"].is_duplicated())[0]
         raise DataError(f"{path}: item {twice!r} comes twice; keep one row an item")
-    rows = rows.join(items.to_frame("item"), on="item", how="semi", maintain_order="left")
+    return rows
+
+
+def _joined(items: pl.Series, rows: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """Put rows, which have a column ``item``, into the order of the items."""
+    rows = _named(rows, path).join(items.to_frame("item"), on="item", how="semi", maintain_order="left")
     if rows.is_empty():
         raise DataError(
             f"{path}: none of its items is in the catalogue, which has e.g. {items[0]!r}; are ids the same?"

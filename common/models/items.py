@@ -172,12 +172,37 @@ def _mixture(folder: Path, own_but: tuple[float, int] | None, fusion: str) -> Mi
     known = itemrows.load(folder)
     if known is None:
         raise itemrows.unknown_features(folder)
-    items = len(known.offsets) - 1
-    owners, ends = np.repeat(np.arange(items), np.diff(known.offsets)), np.cumsum((0, *known.groups))
-    own = None
+    items, own = len(known.offsets) - 1, None
     if own_but is not None:
         own = torch.ones(items, 1)
         own[torch.tensor(cold_items(items, *own_but))] = 0  # of which nothing but features will ever be learnt
+    return _made(known, own, fusion)
+
+
+def later_vectors(experiment: Experiment, known: itemrows.ItemRows, table: Tensor, items: int) -> Tensor:
+    """Vectors of n items that came after training, ``(n, D)``: as cold items, made of their features' rows alone.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        `model.items`, other than `own`, and `model.fusion`.
+    known : ItemRows
+        What the n items are made of.
+    table : Tensor
+        As trained, ``(R, D)``.
+    items : int
+        Size I of the catalogue.
+    """
+    count = len(known.offsets) - 1
+    if experiment.model.items == "features":
+        return _made(known, None, experiment.model.fusion).vectors(table)
+    rows = torch.cat([table.new_zeros(count, table.shape[1]), table[items:]])  # own ones count nothing
+    return _made(known, torch.zeros(count, 1), experiment.model.fusion).vectors(rows)
+
+
+def _made(known: itemrows.ItemRows, own: Tensor | None, fusion: str) -> Mixture:
+    items = len(known.offsets) - 1
+    owners, ends = np.repeat(np.arange(items), np.diff(known.offsets)), np.cumsum((0, *known.groups))
 
     def pair(begin: int, end: int) -> tuple[Tensor, Tensor]:
         here = (known.rows >= begin) & (known.rows < end)

@@ -40,7 +40,7 @@ def catalogue(titles=True):
 def opened(experiment, weights, titles=True):
     """Of a finished run, what watching looks at."""
     device = SimpleNamespace(experiment=experiment, catalogue=catalogue(titles), sequences=SEQUENCES)
-    return SimpleNamespace(device=device, built=weights, offer=Offer(device))
+    return SimpleNamespace(device=device, offered=weights, offer=Offer(device))
 
 
 def asked(lines, k=10, users=watching.USERS, memory_mb=1024, titles=True, **model):
