@@ -74,6 +74,17 @@ def assumed(model: ModelConfig, sequences: Sequences, length: int) -> Facts | No
     return facts
 
 
+def assumptions(model: ModelConfig, sequences: Sequences) -> str:
+    """The same in words, as far as the model looks at it; empty where it looks at items alone."""
+    said = ["times a second apart"] * model.timed
+    for each in model.inputs:
+        if isinstance(each, BehaviourInput):
+            said.append(f"behaviour {sequences.behaviour_names[max(sequences.target, 0)]!r}")
+        elif each.kind == "rating":
+            said.append("no rating")
+    return f"assumed of these items: {', '.join(said)}" if said else ""
+
+
 def require_facts(model: ModelConfig, sequences: Sequences, timed: bool) -> None:
     """Refuse data that does not tell what a model looks at.
 

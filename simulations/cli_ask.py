@@ -1,6 +1,5 @@
 """The verbs that ask a finished run."""
 
-import csv
 import io
 import sys
 from contextlib import suppress
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from common.errors import UsageError
-from simulations.terminal import AsJson, Screen, print_json
+from simulations.terminal import AsJson, Screen, note, print_json
 
 RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run.", show_default=False)]
 
@@ -87,7 +86,9 @@ def recommend(
         from simulations.heatmap import require_picture
 
         require_picture(picture)
+    from client.facts import assumptions
     from simulations.inference import Trained
+    from simulations.naming import listed
 
     trained = Trained(folder, domain, new)
     if watch:
@@ -96,7 +97,12 @@ def recommend(
         with suppress(KeyboardInterrupt):  # as good an end as that of the lines
             answer(trained, io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace"), k, sys.stdout)
         return
-    person = trained.known(user) if user is not None else trained.stranger(_quoted(history or ""))
+    if user is not None:
+        person = trained.known(user)
+    else:
+        catalogue = trained.device.catalogue
+        person = trained.stranger(listed(history or "", [*catalogue.item_ids(), *catalogue.titles()]))
+        note(assumptions(trained.device.experiment.model, trained.device.sequences))
     items = trained.top(person, k)
     if explained or picture:
         from simulations.explained import draw, reasons, render
@@ -112,8 +118,3 @@ def recommend(
     render_items(Screen(), items)
     if explained or picture:
         render(Screen(), items)
-
-
-def _quoted(text: str) -> list[str]:
-    """Names between commas; one that has commas itself stands in quotes."""
-    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), []) if name.strip()]

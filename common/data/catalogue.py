@@ -131,7 +131,7 @@ class Catalogue:
         found = [i for i, title in enumerate(folded) if title == wanted]
         found = found or [i for i, title in enumerate(folded) if wanted in title]
         if not found:
-            raise unknown("item", name, [*titles, *ids])
+            raise unknown("item", name, [*titles, *ids], self.items)
         if len(found) > 1:
             some = ", ".join(f"{titles[i]!r} ({ids[i]})" for i in found[:3])
             raise DataError(f"item {name!r} may be one of {len(found)}, such as {some}; name one of them, or its id")

@@ -8,7 +8,7 @@ from common.errors import DataError
 _MANY = 100_000
 
 
-def unknown(what: str, name: str, known: Sequence[str]) -> DataError:
+def unknown(what: str, name: str, known: Sequence[str], count: int | None = None) -> DataError:
     """Build the error for a name that does not exist.
 
     Parameters
@@ -19,6 +19,8 @@ def unknown(what: str, name: str, known: Sequence[str]) -> DataError:
         The name that was not found.
     known : sequence of str
         The names that exist.
+    count : int, optional
+        How many things they name, where some have several names.
 
     Returns
     -------
@@ -31,4 +33,4 @@ def unknown(what: str, name: str, known: Sequence[str]) -> DataError:
     if close:
         return DataError(f"no {what} {name!r}; did you mean {close[0]!r}?")
     shown = ", ".join(repr(other) for other in known[:5])
-    return DataError(f"no {what} {name!r}; there are {len(known)}, such as {shown}")
+    return DataError(f"no {what} {name!r}; there are {len(known) if count is None else count}, such as {shown}")

@@ -249,10 +249,3 @@ def test_download_says_its_terms(place):
     done = hushrec(place, "data", "download", "ml-100k", "--to", "sets", before=fake)
     assert (done.code, done.out) == (0, "sets/ml-100k\n")
     assert "No redistribution" in done.err
-
-
-def test_names_that_have_commas_stand_in_quotes():
-    from simulations.cli_ask import _quoted
-
-    assert _quoted('"Heat, The (1995)", 7 ,,5') == ["Heat, The (1995)", "7", "5"]
-    assert _quoted(" ") == []

@@ -1,6 +1,7 @@
 """What a finished run answers: nothing that the user had, the same by user and by history, ranks without loss."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from common.metrics import coverage
 from simulations import inference, rundir
 from simulations.inference import Trained, evaluate
 from simulations.runner import run
-from tests.support.processes import TINY
+from tests.support.processes import TINY, hushrec
 
 FILMS = {"1": "Heat (1995)", "2": "Up, Up (2009)", "3": "Alien (1979)", "4": "Big (1988)", "5": "Jaws (1975)"}
 
@@ -96,9 +97,28 @@ def test_films_have_titles_and_genres(tmp_path):
     (tmp_path / "movies.csv").write_text("\n".join(films) + "\n")
     text = TINY.replace("{kind: synthetic, users: 60, items: 40, interests: 4, mean_length: 8, max_length: 20}", "%s")
     folder = made(tmp_path / "run", text % f"{{kind: movielens, path: {tmp_path}}}", "federation.rounds=1")
-    (only,) = for_user(Trained(folder), "1", 10)
+    trained = Trained(folder)
+    (only,) = for_user(trained, "1", 10)
     assert only["title"] == FILMS[only["item"]]
     assert only["genres"] == ["Crime", "Thriller"]
+    told = hushrec(tmp_path, "recommend", "--run", "run", "--history", "Up, Up (2009), Heat (1995)", "--json")
+    assert json.loads(told.out)["items"] == for_history(trained, ["2", "1"], 10)
+    assert told.err == ""
+    with pytest.raises(DataError, match=r"no item 'x y z'; there are 5, such as"):
+        for_history(trained, ["x y z"], 3)
+
+
+def test_what_is_assumed_of_a_history_is_said(tmp_path):
+    rows = [f"u{u},i{(u + t) % 7},{100 * t},{'view' if t % 2 else 'buy'},{t}" for u in range(8) for t in range(5)]
+    (tmp_path / "events.csv").write_text("user,item,time,how,stars\n" + "\n".join(rows) + "\n")
+    data = f"{{kind: table, path: {tmp_path}/events.csv, target: buy, columns: {{behaviour: how, rating: stars}}}}"
+    inputs = "[{kind: hour}, {kind: rating}, {kind: behaviour, names: [view, buy]}]"
+    text = TINY.replace("{kind: synthetic, users: 60, items: 40, interests: 4, mean_length: 8, max_length: 20}", data)
+    made(tmp_path / "run", text, "federation.rounds=1", f"model.inputs={inputs}")
+    told = hushrec(tmp_path, "recommend", "--run", "run", "--history", "i1,i2", "--json")
+    assert json.loads(told.out)["items"]
+    assert told.err == "assumed of these items: times a second apart, no rating, behaviour 'buy'\n"
+    assert hushrec(tmp_path, "recommend", "--run", "run", "--user", "u1").err == ""
 
 
 def test_evaluation(trained, tmp_path):
