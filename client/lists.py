@@ -47,9 +47,9 @@ def best(
         How many of the items, the last ones, came after training.
     """
     scored[torch.from_numpy(rows), torch.from_numpy(seen)] = -torch.inf
+    apart = (scored.where(inside, -torch.inf) for inside in domains)  # one at a time
     found = []
-    for inside in domains or [torch.ones(scored.shape[1], dtype=torch.bool)]:
-        own = scored.masked_fill(~inside, -torch.inf)
+    for own in apart if domains else [scored]:
         values, items = lifted(experiment, own, later).topk(min(k, scored.shape[1]))
         found.append(Best(items.masked_fill(values == -torch.inf, -1), values))
     return Best(*(torch.cat(parts, 1) for parts in zip(*found, strict=True)))
