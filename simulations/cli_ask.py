@@ -17,7 +17,7 @@ RunDir = Annotated[Path, typer.Option("--run", help="Directory of a finished run
 def evaluate(
     folder: RunDir,
     split: Annotated[str, typer.Option(help="[cyan]validation[/] or [cyan]test[/].")] = "test",
-    ranks: Annotated[Path | None, typer.Option(help="Write user and rank to this CSV file.")] = None,
+    ranks: Annotated[Path | None, typer.Option(help="Write each user's ranks to this CSV file.")] = None,
     explanations: Annotated[
         int | None,
         typer.Option(min=1, metavar="USERS", help="Measure explanations for so many users instead (see --explain)."),
