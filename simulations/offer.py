@@ -24,7 +24,7 @@ class Offer:
     Raises
     ------
     DataError
-        On use, where there is no domain of that name.
+        On making it, where there is no domain of that name.
     """
 
     device: Device
@@ -41,21 +41,28 @@ class Offer:
             return known
         return np.concatenate([known, self.arrivals.domains])
 
-    @cached_property
-    def domains(self) -> tuple[Tensor, ...]:
-        """The items of each list, ``(I,)`` bool; none where there is one list of all."""
-        sequences, only = self.device.sequences, self.device.experiment.data.only.domains
-        names = [name for name in sequences.domain_names if only is None or name in only]
-        if self.domain is not None and self.domain not in names:
-            if not names:
+    def __post_init__(self) -> None:
+        if self.domain is not None and self.domain not in self._names:
+            if not self._names:
                 raise DataError(
                     f"no domain {self.domain!r}: the run's data has none (data.columns.domain); leave it away"
                 )
-            raise unknown("domain", self.domain, names)
+            raise unknown("domain", self.domain, self._names)
+
+    @property
+    def _names(self) -> list[str]:
+        """Domains that the model was trained on."""
+        only = self.device.experiment.data.only.domains
+        return [name for name in self.device.sequences.domain_names if only is None or name in only]
+
+    @cached_property
+    def domains(self) -> tuple[Tensor, ...]:
+        """The items of each list, ``(I,)`` bool; none where there is one list of all."""
         if self._domain_of is None:
             return ()
-        wanted = names if self.domain is None else [self.domain]
-        return tuple(torch.tensor(self._domain_of == sequences.domain_names.index(name)) for name in wanted)
+        numbers = {name: number for number, name in enumerate(self.device.sequences.domain_names)}
+        wanted = self._names if self.domain is None else [self.domain]
+        return tuple(torch.tensor(self._domain_of == numbers[name]) for name in wanted)
 
     def best(self, scored: Tensor, seen: Iterable[int], k: int) -> list[dict[str, Any]]:
         """The k best of each list for one person, from the scores of all items ``(I,)``, which are written to.

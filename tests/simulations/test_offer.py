@@ -71,6 +71,16 @@ def test_each_domain_has_a_list_of_its_own(two):
         )
     with pytest.raises(DataError, match="no domain 'toys'; did you mean 'toy'"):
         Trained(two, "toys").top(person, 3)
+    with pytest.raises(DataError, match="no domain 'toys'"):  # before any line is read
+        watched(Trained(two, "toys"), ["toy/i1"], 3)
+
+
+def test_a_model_of_one_domain_recommends_of_that_alone(tmp_path):
+    trained = Trained(shops.made(tmp_path, "data.only.domains=[game]", "data.cold=0", "evaluation.new_place=null"))
+    person = trained.known(trained.device.sequences.user_ids()[0])
+    assert {item["domain"] for item in trained.top(person, 5)} == {"game"}
+    with pytest.raises(DataError, match="no domain 'toy'; there are 1, such as 'game'"):
+        Trained(trained.folder, "toy").top(person, 5)
 
 
 def test_lists_of_many_are_those_of_each(folder):
