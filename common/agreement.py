@@ -39,8 +39,11 @@ def _items_are_known(experiment: "Experiment") -> None:
 def _evaluation_is_heard(experiment: "Experiment") -> None:
     evaluation, kind = experiment.evaluation, experiment.privacy.kind
     default = type(evaluation)()
-    if evaluation.new_place is not None and not experiment.data.cold:
-        raise ValueError("evaluation.new_place is for items that training never saw; data.cold says how many")
+    if evaluation.new_place is not None and not experiment.data.cold and experiment.model.items == "own":
+        raise ValueError(
+            "evaluation.new_place is for items that training never saw: data.cold says how many, or model.items is "
+            "other than own, so that some can come later"
+        )
     public = kind != "none" and evaluation.privacy == "public-holdout"
     if kind == "none" and evaluation.privacy == "public-holdout":
         raise ValueError(

@@ -44,12 +44,12 @@ def test_a_cold_item_under_another_id_has_its_score_and_place(items, fusion, tmp
     lines = [f"{ids[i]}-again,{shops.about(int(ids[i].split('i')[-1]))}" for i in cold]
     (tmp_path / "new.csv").write_text("item,colour,year\n" + "\n".join(lines) + "\n")
     with_new = Trained(run, new=tmp_path / "new.csv")
-    for user in ("u1", "u2", "u3"):
-        person = plain.known(user)
+    model, people = plain.device.experiment.model, [plain.known(f"u{user}") for user in range(30)]
+    people = [person for person in people if not set(person.seen) & set(cold)]  # of whose items none comes again
+    assert len(people) > 3
+    for person in people:
         past = person.past
-        scored = final_scores(plain.device.experiment.model, with_new.offered, past.items, past.lengths, past.moments)[
-            0
-        ]
+        scored = final_scores(model, with_new.offered, past.items, past.lengths, past.moments)[0]
         assert (scored[shops.ITEMS :] - scored[cold]).abs().max() < 1e-6
         assert scored.std() > 1e-3
         before, after = plain.top(person, 100), with_new.top(person, 100)
