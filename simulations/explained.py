@@ -19,7 +19,8 @@ from simulations.heatmap import bars, heat_map
 from simulations.inference import Person, Trained
 
 _MEANING = (
-    "Importance: what an event adds to the item's log-probability, as the only event and as one more (mean of both)."
+    "Importance: what an event adds to the item's log-probability, as the only event (beyond what the others add so) "
+    "and as one more; the mean of both."
 )
 _MISSED = "Integrated gradients{whence} miss {gap:.3f} of {shares:.3f}: rely on the bars."
 FEATURES = 5
