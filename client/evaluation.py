@@ -11,6 +11,7 @@ from torch import Tensor
 from client.batches import bucket_widths, pair_bytes
 from client.facts import facts_at, moments
 from client.newcomers import lifted, new_items
+from client.past import apart, domains_of
 from client.rows import Ints
 from client.tuning import Personal, personal
 from common.config import Experiment
@@ -137,7 +138,7 @@ def held_out_ranks(
     """
     row, goal = torch.arange(len(users)), torch.from_numpy(targets)
     own = scored[row, goal]
-    _domain_only(mask_seen(scored, sequences, users, stops), sequences, targets)
+    apart(mask_seen(scored, sequences, users, stops), domains_of(sequences), goal)
     scored[row, goal] = own
     return target_ranks(placed(scored) if placed else scored, goal)
 
@@ -199,17 +200,10 @@ def shelf_ranks(experiment: Experiment, weights: Weights, sequences: Sequences, 
     new, ranks = new_items(experiment, len(of_items(experiment, weights, sequences).table)), np.full(len(users), np.nan)
     held = np.flatnonzero(np.isin(targets, new.numpy()))
     for where, scored in scores(experiment, weights, sequences, users[held], stops[held]):
-        goal, shelf = torch.from_numpy(targets[held[where]]), _domain_only(scored, sequences, targets[held[where]])
-        ranks[held[where]] = target_ranks(shelf[:, new], torch.searchsorted(new, goal))
+        goal = torch.from_numpy(targets[held[where]])
+        shelf = apart(scored, domains_of(sequences), goal)[:, new]
+        ranks[held[where]] = target_ranks(shelf, torch.searchsorted(new, goal))
     return ranks
-
-
-def _domain_only(scored: Tensor, sequences: Sequences, targets: Ints) -> Tensor:
-    """Bar all items of other domains than the target's, in place; ``(B, I)``."""
-    if sequences.domains is None:
-        return scored
-    domains = torch.tensor(sequences.domains)
-    return scored.masked_fill_(domains != domains[torch.from_numpy(targets)].unsqueeze(-1), -torch.inf)
 
 
 def _sample(experiment: Experiment, users: Ints, split: Split, scored: Tensor, goal: Tensor) -> Tensor:

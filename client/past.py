@@ -117,5 +117,5 @@ def log_softmax(
 
 
 def apart(scored: Tensor, domains: Tensor | None, targets: Tensor) -> Tensor:
-    """Scores ``(C, I)``, but −inf for items of another domain than the target's, ``(C,)``."""
-    return scored if domains is None else scored.masked_fill(domains != domains[targets].unsqueeze(1), -torch.inf)
+    """Bar all items of other domains than the target's, in place; ``(C, I), (I,), (C,)``."""
+    return scored if domains is None else scored.masked_fill_(domains != domains[targets].unsqueeze(1), -torch.inf)
