@@ -116,7 +116,7 @@ def test_every_field_can_be_explained(key, section):
     ("columns", "why"),
     [
         ("{a: 1}", "columns.0.kind: is missing; must be categorical, numeric, text or vectors"),
-        ("{kind: categorical, name: x, sep: 1}", "columns.0.sep: unknown key; known are name, column, kind"),
+        ("{kind: categorical, name: x, sep: 1}", "columns.0.sep: unknown key; known are name, column, pattern, kind"),
         ("{kind: categoric, name: x}", "did you mean categorical?"),
     ],
 )
