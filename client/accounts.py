@@ -4,7 +4,7 @@ A line is on the disk *before* an update leaves, so a crash can only over-count.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context
 from common.errors import StateError, UsageError
 from common.privacy import lines
 
-ACCOUNTS_FILE = "accounts.jsonl"
+ACCOUNTS_FILE = "devices.jsonl"
 RECORD = "privacy"
 """Record of a Flower context's state that holds a device's count."""
 STATE_PATH = "state-path"
@@ -28,6 +28,8 @@ class Accounts:
     ----------
     path : Path, optional
         The file, which other processes of this machine may write into, too; without one the account lives in memory.
+    ready : callable, optional
+        Called before a line is written, such as to make the file's folder.
 
     Raises
     ------
@@ -35,8 +37,8 @@ class Accounts:
         Where the file is damaged: what was spent is then unknown. No device takes part then.
     """
 
-    def __init__(self, path: Path | None = None):
-        self.path = path
+    def __init__(self, path: Path | None = None, ready: Callable[[], object] = lambda: None):
+        self.path, self._ready = path, ready
         self._taken: Counter[int] = Counter()
         self.terms: Mapping[str, Any] = {}
         """What one participation costs, once there was one."""
@@ -77,6 +79,7 @@ class Accounts:
         """
         self._agree(terms)
         if self.path:
+            self._ready()
             lines.write(self.path, {"round": round_, "users": users, "terms": terms})
             self.refresh()
         else:

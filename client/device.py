@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from client.cohort import train
 from client.evaluation import rank
 from client.facts import require_facts
 from client.own import OWN_FILE, Own, own_of
-from client.room import room
+from client.room import ROOM, room
 from common.config import Experiment, experiment_hash
 from common.data import folder as disk
 from common.data.catalogue import Catalogue
@@ -80,7 +80,7 @@ class Device:
         require_facts(experiment.model, sequences, disk.read_manifest(folder).get("timed", True))
         catalogue, kept = Catalogue.open(folder), Accounts()
         if on_device(experiment.privacy):
-            kept = Accounts(room(run) / ACCOUNTS_FILE if run else None)
+            kept = Accounts(run / ROOM / ACCOUNTS_FILE, partial(room, run)) if run else Accounts()
         file, rows = run / OWN_FILE if run else None, table_rows(experiment, catalogue)
         own = own_of(experiment, sequences.first, len(sequences), rows, file)
         return cls(experiment, sequences, catalogue, own=own, accounts=kept)

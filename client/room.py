@@ -22,8 +22,9 @@ def room(run: Path) -> Path:
         Where it cannot be made.
     """
     folder = run / ROOM
-    if not folder.exists():
-        with explained(folder, StateError):
-            folder.mkdir(mode=0o700)
+    with explained(folder, StateError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if not (folder / "README.txt").exists():
+            folder.chmod(0o700)  # of whoever made it
             (folder / "README.txt").write_text(_WARNING)
     return folder

@@ -65,16 +65,17 @@ def read(path: Path, device: Device, table: Tensor) -> Arrivals:
         raise DataError(f"{path}: no column {lacking[0]!r}; new items want {', '.join(dict.fromkeys(wanted))}")
     made = itemrows.rows_of(apply(fitted, rows, str(path)))
     ids, known = rows["item"].to_list(), set(catalogue.item_ids())
-    for item, count in zip(ids, np.diff(made.offsets), strict=True):
+    told = itemrows.told(made, fitted)  # (I, F)
+    for item, something in zip(ids, told.sum(1), strict=True):
         if item in known:
             raise DataError(f"{path}: item {item!r} is in the catalogue already; leave it out")
-        if not count:
+        if not something:
             raise DataError(
                 f"{path}: item {item!r} has no value that training knew, in {', '.join(wanted)}; leave it out"
             )
     titles = ids
     if "title" in rows.columns and not rows["title"].dtype.is_nested():
-        titles = rows["title"].cast(pl.String).fill_null(rows["item"]).to_list()
+        titles = rows["title"].cast(pl.String).replace("", None).fill_null(rows["item"]).to_list()
     vectors = later_vectors(experiment, made, table, catalogue.items)
     return Arrivals(ids, titles, vectors, _domains(path, device, ids))
 

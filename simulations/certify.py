@@ -120,7 +120,7 @@ def parity_mode(experiment: Experiment) -> Experiment:
     local = {"steps": 1, "lr": 1.0} | experiment.federation.local.model_dump(include={"window", "predict"})
     federation = {"rounds": ROUNDS, "weighting": "events", "local": local, "optimizer": adam, "on_device": []}
     off = ("patience", "users", "test_users", "fine_tune", "new_place")
-    evaluation = {"every": ROUNDS, **dict.fromkeys(off)}
+    evaluation = {"every": ROUNDS, **dict.fromkeys(off), **_metrics(experiment, "noised")}
     return altered(experiment, federation=federation, evaluation=evaluation, privacy={"kind": "none"})
 
 
@@ -129,7 +129,13 @@ def private_mode(experiment: Experiment) -> Experiment:
     privacy = experiment.privacy.model_dump(mode="json") | {"rng": "reproducible"}
     if privacy.get("on_device"):
         privacy["on_device"] |= {"rng": "reproducible"}
-    return altered(experiment, privacy=privacy, evaluation={"privacy": "unaccounted"})
+    return altered(experiment, privacy=privacy, evaluation=_metrics(experiment, "unaccounted"))
+
+
+def _metrics(experiment: Experiment, kind: str) -> dict[str, Any]:
+    """What metrics may look at, and nothing of what another kind would read."""
+    default = type(experiment.evaluation)()
+    return {"privacy": kind, "noise": default.noise, "holdout": default.holdout}
 
 
 def altered(experiment: Experiment, **sections: dict[str, Any]) -> Experiment:

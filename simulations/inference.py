@@ -229,7 +229,8 @@ def evaluate(folder: Path, split: Split, ranks_file: Path | None = None) -> dict
         _write_ranks(ranks_file, [ids[user] for user in held], {mark: some[held] for mark, some in ranks.items()})
     stops, _ = device.sequences.stops(held, split)
     lists = trained.lists(held, stops, 10)
-    train_items, _ = device.sequences.events(everybody, device.sequences.stops(everybody, "train")[0])
+    counted = everybody if device.experiment.told_as_is else users  # nothing of private users
+    train_items, _ = device.sequences.events(counted, device.sequences.stops(counted, "train")[0])
     popularity = np.bincount(train_items, minlength=device.catalogue.items)
     return {
         "run_dir": str(folder),

@@ -8,7 +8,7 @@
 | `checkpoint.safetensors` | what `--resume` goes on from |
 | `model.safetensors` | the model that validation chose |
 | `result.json` | what `--json` prints |
-| `devices/` | what stays on the simulated devices, numbers and accounts: no result, and not to be published |
+| `devices/` | what simulated devices keep, and which data that was: no result, and not to be published |
 | `deployment.json` | of a run on nodes elsewhere: where it lives; its checkpoint stays there |
 """
 
@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from client.room import ROOM, room
 from common.config import Experiment, experiment_hash
 from common.data.catalogue import Catalogue
 from common.data.folder import MANIFEST as DATA_MANIFEST
@@ -31,6 +32,8 @@ from common.loading import dump, load
 from common.sources import SyntheticData
 
 CONFIG, MANIFEST, RESULT, DEPLOYED = "config.yaml", "manifest.json", "result.json", "deployment.json"
+DATA = "data.json"
+"""In `client.room.ROOM`, under a privacy mode: what the run's data were."""
 _PACKAGES = ("hushrec", "flwr", "torch", "numpy", "opacus", "pydantic", "polars", "safetensors", "dp-accounting")
 
 
@@ -98,6 +101,10 @@ def reopen(folder: Path, overrides: list[str] | None = None) -> Experiment:
 def write_manifest(folder: Path, experiment: Experiment, data: Path) -> None:
     """Record what a result may depend on: code, versions, machine, data, seeds."""
     facts = read_json(data / DATA_MANIFEST)
+    known = {"digest": facts["digest"], "source": facts["source"], "kept": facts["kept"]}
+    if not experiment.told_as_is:  # by a hash who knows all but one user's events could tell what these are
+        write_json(room(folder) / DATA, known)
+        known = {"kept": {name: facts["kept"][name] for name in ("users", "items")}}
     seeds = {"experiment": experiment.seed}
     if isinstance(experiment.data, SyntheticData):
         seeds["data"] = experiment.data.seed
@@ -111,7 +118,7 @@ def write_manifest(folder: Path, experiment: Experiment, data: Path) -> None:
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in _PACKAGES},
             "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
-            "data": {"digest": facts["digest"], "source": facts["source"], "kept": facts["kept"]},
+            "data": known,
             "seeds": seeds,
         },
     )
@@ -132,7 +139,8 @@ def check_manifest(folder: Path, experiment: Experiment, data: Path) -> None:
         return
     facts = read_json(folder / MANIFEST)
     try:
-        trained, trained_on = facts["experiment"], facts["data"]["digest"]
+        known = facts["data"] if experiment.told_as_is else read_json(folder / ROOM / DATA)
+        trained, trained_on = facts["experiment"], known["digest"]
     except (TypeError, KeyError) as fault:
         raise StateError(f"{folder / MANIFEST}: not the manifest of a run; restore it or start a new run") from fault
     if trained != experiment_hash(experiment):

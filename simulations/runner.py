@@ -69,9 +69,8 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
         began = time.perf_counter()
         data = prepare(experiment.data)
         device = Device.open(experiment, data, folder)
-        local = device.own is not None and experiment.runtime.engine != "ray"  # whose contexts Flower keeps
-        if resume and local and not (folder / OWN_FILE).exists() and found(folder / CHECKPOINT_FILE):
-            raise StateError(f"{folder / OWN_FILE}: is gone, and with it what stays with users; start a new run")
+        if resume and experiment.runtime.engine != "ray" and found(folder / CHECKPOINT_FILE):  # Flower keeps Ray's
+            _require_devices(device, folder)
         if left_out := bad_rows(data):
             console.print(left_out, highlight=False)
         if resume and (folder / rundir.MANIFEST).exists():
@@ -87,6 +86,15 @@ def run(experiment: Experiment, folder: Path, console: Console, resume: bool = F
         result = _result(experiment, folder, device, outcome, spent + time.perf_counter() - began)
         write_json(folder / rundir.RESULT, result)
     return rundir.result(folder) or {}
+
+
+def _require_devices(device: Device, folder: Path) -> None:
+    """Refuse to go on where devices would have forgotten what they had, or what they had spent."""
+    path = device.accounts.path
+    if device.own is not None and not (folder / OWN_FILE).exists():
+        raise StateError(f"{folder / OWN_FILE}: is gone, and with it what stays with users; start a new run")
+    if path is not None and not path.exists():
+        raise StateError(f"{path}: is gone, and with it what users have spent; restore it or start a new run")
 
 
 def _result(experiment: Experiment, folder: Path, device: Device, outcome: Outcome, seconds: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.config import digest
 from common.data import folder as disk
 from common.data import itemrows
 from common.data.sequences import Sequences
@@ -69,5 +70,13 @@ def extract(prepared: Path, users: range, target: Path) -> Path:
             shutil.copy(prepared / name, draft / name)
         kept = manifest["kept"] | {"users": len(users), "events": end - start}
         some = {"extras": told, "first_user": users[0], "population": whole.population or len(whole)}
-        write_json(draft / disk.MANIFEST, {**manifest, "kept": kept, **some}, DataError)
+        write_json(draft / disk.MANIFEST, {**manifest, **_of_nobody(manifest), "kept": kept, **some}, DataError)
     return target
+
+
+def _of_nobody(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of everybody's events, left away: counts, and hashes by which a guess could be confirmed."""
+    source = {"kind": manifest["source"]["kind"], "path": None, "files": {}}
+    options = {**manifest["options"], "path": None} if "path" in manifest["options"] else manifest["options"]
+    public = {"digest": digest({"format": disk.FORMAT, "options": options}), "source": source, "options": options}
+    return {**public, "read": {}, "bad_rows": {"count": 0, "first_lines": []}}

@@ -128,20 +128,25 @@ def known(folder: Path) -> dict[str, int]:
     made = load(folder)
     if made is None:
         return {}
-    fitted, items, begin = read_json(folder / FITTED, DataError), len(made.offsets) - 1, 0
-    owners, found = np.repeat(np.arange(items), np.diff(made.offsets)), {}
+    fitted = read_json(folder / FITTED, DataError)
     try:
-        names = [(column["name"], column["kind"]) for column in fitted["columns"]]
-        for (name, kind), size in zip(names, made.groups, strict=True):
-            end = begin + size
-            if kind in {"numeric", "vectors"}:  # whose last row says that the item is missing
-                found[name] = items - int((made.rows == end - 1).sum())
-            else:
-                found[name] = len(np.unique(owners[(made.rows >= begin) & (made.rows < end)]))
-            begin = end
+        return dict(
+            zip((column["name"] for column in fitted["columns"]), told(made, fitted).sum(0).tolist(), strict=True)
+        )
     except (TypeError, KeyError, ValueError) as fault:
         raise disk.damaged(folder, f"{FITTED} does not fit its features") from fault
-    return found
+
+
+def told(made: ItemRows, fitted: Any) -> NDArray[np.bool_]:
+    """Whether each feature knows something of each item, ``(I, F)``; from `FITTED`, which may be of anything."""
+    items, begin, found = len(made.offsets) - 1, 0, []
+    owners = np.repeat(np.arange(items), np.diff(made.offsets))
+    for column, size in zip(fitted["columns"], made.groups, strict=True):
+        dense = column["kind"] in {"numeric", "vectors"}  # whose last row says that the item is missing
+        begin, inside = begin + size, (made.rows >= begin) & (made.rows < begin + size)
+        marked = np.bincount(owners[made.rows == begin - 1 if dense else inside], minlength=items) > 0
+        found.append(~marked if dense else marked)
+    return np.stack(found, 1)
 
 
 def table_rows(experiment: Experiment, catalogue: Catalogue) -> int:

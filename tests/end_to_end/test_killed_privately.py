@@ -97,7 +97,7 @@ def lines(path: Path):
 def accounted(folder: Path, mode: str):
     """How often each thing has been paid for."""
     if mode == "devices":
-        accounts = lines(folder / "run" / "devices" / "accounts.jsonl")
+        accounts = lines(folder / "run" / "devices" / "devices.jsonl")
         return Counter(f"user {user}" for line in accounts for user in line["users"])
     return Counter(f"{line['what']} {line['round']}" for line in lines(folder / "run" / "ledger.jsonl"))
 

@@ -116,6 +116,12 @@ def test_of_what_nothing_is_known_nothing_is_said(tmp_path):
         Trained(run, new=tmp_path / "new.csv").offer  # noqa: B018
 
 
+def test_a_number_that_is_missing_is_nothing_known(folder, tmp_path):
+    (tmp_path / "new.csv").write_text(HEAD + "toy/a,violet,1961\ntoy/b,,\n")
+    with pytest.raises(DataError, match="item 'toy/b' has no value that training knew, in colour, year; leave it out"):
+        Trained(folder, new=tmp_path / "new.csv").offer  # noqa: B018
+
+
 def test_items_of_their_own_alone_know_no_new_ones(tmp_path):
     run = shops.made(tmp_path, "model.items=own")
     with pytest.raises(UsageError, match=r"model\.items is own, so a new item has nothing to be known by"):

@@ -17,7 +17,7 @@ from common.wire import UPDATE
 from server import curator as curators
 from server import strategy as strategies
 from server.sampling import cohort
-from simulations import centralised, certify, cli
+from simulations import centralised, certify, cli, pooled
 from simulations.certify import Check, altered, parity_mode
 from simulations.grid import FIRST_NODE, InProcessGrid
 from tests.support.certifying import few
@@ -59,6 +59,20 @@ def called(tmp_path, monkeypatch, capsys):
         return cli._exit_code(), *capsys.readouterr()
 
     return call
+
+
+PRIVATE = ["federation={sampling: poisson, weighting: uniform, cohort: 20}"]
+PRIVATE += ["privacy={kind: user-level, noise_multiplier: 1, clipping_norm: 0.5}"]
+
+
+@pytest.mark.parametrize(
+    "metrics", ["{privacy: public-holdout, holdout: 0.3}", "{noise: 20}", "{privacy: unaccounted}"]
+)
+def test_whatever_a_private_experiments_metrics_may_look_at(metrics):
+    experiment = parse(TEXT, overrides=[*PRIVATE, f"evaluation={metrics}"])
+    assert broken(certify.certify(experiment)) == []
+    short = altered(experiment, federation={"rounds": 2}, evaluation={"every": 1})
+    assert pooled.train(short)["steps"] == 2
 
 
 def broken(checks):

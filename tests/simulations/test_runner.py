@@ -1,6 +1,7 @@
 """One run on this machine, called as a function."""
 
 import json
+import shutil
 import signal
 from io import StringIO
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 
 from common import files
+from common.data.prepare import prepare
 from common.errors import Interrupted, StateError
 from common.loading import parse
 from server import journal
@@ -137,6 +139,31 @@ def test_a_resumed_run_refuses_another_experiment(start, tmp_path):
     start()
     with pytest.raises(StateError, match="has changed since the run began"):
         run(parse(TINY, overrides=["seed=1"]), tmp_path / "run", Console(quiet=True), resume=True)
+
+
+LOCAL = (
+    "federation.weighting=uniform",
+    "privacy={kind: local, noise_multiplier: 1, clipping_norm: 0.5}",
+    "evaluation.privacy=public-holdout",
+)
+
+
+def test_a_resumed_run_refuses_devices_that_have_forgotten_what_they_spent(start, tmp_path):
+    start(*LOCAL)
+    shutil.rmtree(tmp_path / "run" / "devices")
+    with pytest.raises(StateError, match=r"devices.jsonl: is gone, and with it what users have spent"):
+        run(parse(TINY, overrides=LOCAL), tmp_path / "run", Console(quiet=True), resume=True)
+
+
+def test_what_a_private_run_shows_tells_no_hash_of_its_data(start, tmp_path):
+    start(*LOCAL)
+    start(name="plain")
+    private, plain = (json.loads((tmp_path / name / "manifest.json").read_text())["data"] for name in ("run", "plain"))
+    assert private == {"kept": {"users": 60, "items": 40}}
+    assert json.loads((tmp_path / "run" / "devices" / "data.json").read_text()) == plain
+    (tmp_path / "run" / "devices" / "data.json").write_text(json.dumps(plain | {"digest": "another"}))
+    with pytest.raises(StateError, match="its data has changed"):
+        rundir.check_manifest(tmp_path / "run", parse(TINY, overrides=LOCAL), prepare(parse(TINY).data))
 
 
 def test_progress_goes_to_the_console(tmp_path):

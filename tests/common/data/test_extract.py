@@ -7,6 +7,7 @@ from client.device import Device
 from common.data.extract import extract
 from common.data.prepare import prepare
 from common.errors import DataError
+from common.sources import SequencesData
 from server.rounds import serve
 from simulations.grid import InProcessGrid
 from tests.support import world
@@ -33,6 +34,19 @@ def test_it_holds_one_user_only(tmp_path):
         assert all((a == b).all() for a, b in zip(got, wanted, strict=True))
     start, end = whole.sequences.offsets[7:9]
     assert (own.sequences.items == whole.sequences.items[start:end]).all()
+
+
+def test_it_tells_nothing_of_others(tmp_path):
+    """Of two populations with the same items, and one user who is the same, the files of this user are the same."""
+    made = []
+    for name, others in (("one", "b z y x\nc x y z\n"), ("two", "b x y\nbroken\nc z z y x\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events.txt").write_text("a x y z x\n" + others)
+        config = SequencesData(kind="sequences", path=str(tmp_path / name / "events.txt"))
+        made.append(extract(prepare(config), range(1), tmp_path / f"own-{name}"))
+    here, there = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in made)
+    assert here == there
+    assert not any(str(tmp_path).encode() in content for content in here.values())
 
 
 def test_devices_with_their_own_files_train_the_same_model(tmp_path, monkeypatch):
