@@ -59,8 +59,10 @@ def _evaluation_is_heard(experiment: "Experiment") -> None:
 
 
 def _patterns_name_something(experiment: "Experiment") -> None:
-    names = [name for name in parameter_shapes(experiment.model, 1) if name != ITEM_TABLE]
     tuning, kept = experiment.evaluation.fine_tune, experiment.federation.on_device
+    if tuning is None and not kept and not experiment.model.personal:
+        return  # before names are made, of as many blocks as somebody asks for
+    names = [name for name in parameter_shapes(experiment.model, 1) if name != ITEM_TABLE]
     sections = {"federation.on_device": kept}
     sections |= {} if tuning is None else {"evaluation.fine_tune.parameters": tuning.parameters}
     for key, patterns in sections.items():
